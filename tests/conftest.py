@@ -1,0 +1,81 @@
+"What several test files share: a quiet environment, a project of two toy steps, and one run of the preset `tiny`."
+import io, os, re, subprocess, sys
+from pathlib import Path
+
+os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", MPLBACKEND="Agg")
+
+import nbformat, pytest
+import nbformat.v4 as nbf
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def notebook(file, params, code):
+    "Write a step: its parameters cell and one cell of code."
+    nb = nbf.new_notebook(cells=[nbf.new_markdown_cell("# A step"), nbf.new_code_cell(params, metadata={"tags": ["parameters"]}), nbf.new_code_cell(code)])
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(nb, file)
+
+
+ONE = "from llmdiff.core import *\nwrite_json(run_dir(run)/'x.json', n*2)"
+TWO = ("from llmdiff.core import *\nimport json, pandas as pd\nx = json.loads(need(f'{run}/x.json', '01_one').read_text())\n"
+       "save_table(pd.DataFrame({'x': [x], 'y': [x + bias]}), 'main', run)")
+
+
+def at_once(nb, out, params, env, tick):
+    "In place of `llmdiff.run.execute`: the cells run here, without a kernel, which is enough to test what runs and when."
+    d = nbformat.read(nb, 4)
+    space = {}
+    for c in d.cells:
+        if c.cell_type == "code": exec(c.source, space); space.update(params if "parameters" in c.metadata.get("tags", []) else {})
+    nbformat.write(d, out)
+
+
+class Toy:
+    "A project folder with two small steps; `run` calls the driver in this process (with real kernels if asked), `cli` in another."
+    def __init__(self, home):
+        self.home, self.nbs, self.R = home, home/"nbs", home/"runs"/"toy"
+        for d in ("nbs", "data"): (home/d).mkdir()
+        (home/"data"/"words.txt").write_text("some words")
+        (home/"settings.ini").write_text("[DEFAULT]\nbias = 1\n[toy]\nn = 3\n")
+        self.step(1, ONE); self.step(2, TWO)
+
+    def step(self, i, code):
+        name, params = [("01_one", 'run = "runs/toy"\nn = 1   # how many'), ("02_two", 'run = "runs/toy"\nbias = 0.5   # added')][i-1]
+        notebook(self.nbs/f"{name}.ipynb", params, code)
+
+    def run(self, kernels=False, **kw):
+        "The steps that ran, e.g. ['01_one']."
+        import llmdiff.run as R
+        f = io.StringIO()
+        with pytest.MonkeyPatch.context() as m:
+            if not kernels: m.setattr(R, "execute", at_once)
+            R.run_all("toy", home=self.home, file=f, **kw)
+        self.out = f.getvalue()
+        return re.findall(r"(\w+): done in", self.out)
+
+    def cmd(self, *args):
+        code = "import sys, pathlib, llmdiff.run as r; r.root = lambda: pathlib.Path(sys.argv[1]); sys.exit(r.main(sys.argv[2:]))"
+        return [sys.executable, "-c", code, str(self.home), *args]
+
+    def cli(self, *args, **kw):
+        return subprocess.run(self.cmd(*args, "--preset", "toy", "--runs", str(self.R.parent)), capture_output=True, text=True, timeout=120, cwd=ROOT, **kw)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return Toy(tmp_path)
+
+
+def llmdiff(*args):
+    "The command, as a user would type it."
+    return subprocess.run([sys.executable, "-c", "import sys; from llmdiff.run import main; sys.exit(main())", *args], capture_output=True, text=True, timeout=900, cwd=ROOT)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    "The run folder of the preset `tiny`, run from nothing; its tables and latents are there for any test to read, not to change."
+    runs = tmp_path_factory.mktemp("first")
+    r = llmdiff("run", "--preset", "tiny", "--runs", str(runs))
+    assert r.returncode == 0, r.stderr[-2000:]
+    return runs/"tiny"
