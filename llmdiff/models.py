@@ -298,15 +298,15 @@ def compact(model, # causal LM, changed in place
 
 def id_tokenizer(n,    # size of the compact vocabulary
                  bos, eos, pad): # compact ids (bos may be None)
-    "A tokenizer over strings of words `t0 t1 ...`: word ti is token i, nothing else."
+    "A tokenizer over strings of words `t0; t1; ...`: word `ti;` is token i, nothing else (the `;` keeps one name from being the beginning of another)."
     from tokenizers import Tokenizer, models as tm, pre_tokenizers
-    t = Tokenizer(tm.WordLevel({f"t{i}": i for i in range(n)}, unk_token=f"t{pad}"))
+    t = Tokenizer(tm.WordLevel({f"t{i};": i for i in range(n)}, unk_token=f"t{pad};"))
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=t, bos_token=None if bos is None else f"t{bos}", eos_token=f"t{eos}", pad_token=f"t{pad}")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=t, bos_token=None if bos is None else f"t{bos};", eos_token=f"t{eos};", pad_token=f"t{pad};")
 
 def words(ids): # compact ids
     "Ids as the string that `id_tokenizer` reads back."
-    return "".join(f"t{i} " for i in ids)
+    return "".join(f"t{i}; " for i in ids)
 
 # %% ../nbs/01_models.ipynb #c030
 def turns(messages, # alternating user / assistant
@@ -372,20 +372,27 @@ def prefer(model, # causal LM (compact), the `it` model
            method,# "simpo" or "dpo"
            steps, batch, lr, seed, peft=None, **kw):
     "Preference tuning by trl: DPOTrainer, or CPOTrainer with SimPO's loss. Returns the model and the log."
-    from datasets import Dataset
-    ds = Dataset.from_list([{k: words(p[k]) for k in ("prompt", "chosen", "rejected")} for p in pairs])
+    import warnings
+    from datasets import Dataset, disable_progress_bars
+    disable_progress_bars(); warnings.simplefilter("ignore", FutureWarning)
+    ds = Dataset.from_list([dict(prompt=words(p["prompt"]), chosen=words(p["chosen"]).rstrip(), rejected=words(p["rejected"]).rstrip()) for p in pairs])
     with tempfile_dir() as d:
         if method == "dpo":
             from trl import DPOTrainer, DPOConfig
             import copy
-            args = _trainer_args(DPOConfig, d, steps, batch, lr, seed, activation_checkpointing=False, bf16=peft is not None, max_length=None, beta=kw.get("beta", .1))
+            args = _trainer_args(DPOConfig, d, steps, batch, lr, seed, gradient_checkpointing=False, bf16=peft is not None, max_length=None, beta=kw.get("beta", .1))
             t = DPOTrainer(model=model, ref_model=None if peft else copy.deepcopy(model), args=args, train_dataset=ds, processing_class=tok, peft_config=peft)
         else:
             from trl.experimental.cpo import CPOTrainer, CPOConfig
-            args = _trainer_args(CPOConfig, d, steps, batch, lr, seed, activation_checkpointing=False, bf16=peft is not None, max_length=1024, loss_type="simpo", cpo_alpha=0., beta=kw.get("beta", 2.), simpo_gamma=kw.get("gamma", 1.))
+            args = _trainer_args(CPOConfig, d, steps, batch, lr, seed, gradient_checkpointing=False, bf16=peft is not None, max_length=1024, loss_type="simpo", cpo_alpha=0., beta=kw.get("beta", 2.), simpo_gamma=kw.get("gamma", 1.))
             t = CPOTrainer(model=model, args=args, train_dataset=ds, processing_class=tok, peft_config=peft)
+        check(_as_given(t, pairs), "trl did not keep the token ids of the pairs: its tokenisation has changed, pin the version in constraints.txt")
         _quiet(t).train()
     return t.model, pd.DataFrame([l for l in t.state.log_history if "loss" in l])
+
+def _as_given(trainer, pairs): # does trl see the ids that we made?
+    r, p = trainer.train_dataset[0], pairs[0]
+    return (r["chosen_input_ids"] if "chosen_input_ids" in r else r["prompt_ids"] + r["chosen_ids"]) == p["prompt"] + p["chosen"]
 
 # %% ../nbs/01_models.ipynb #c032
 def answers(model,       # causal LM
