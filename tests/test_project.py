@@ -187,5 +187,5 @@ def test_tiny_is_up_to_date(tiny):
 
 
 def test_a_step_alone_names_what_it_needs(tmp_path):
-    r = llmdiff("run", "--preset", "tiny", "--only", "06", "--runs", str(tmp_path))
+    r = llmdiff("run", "--preset", "tiny", "--only", "10", "--runs", str(tmp_path))
     assert r.returncode == 1 and "run notebook" in r.stderr and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr, r.stderr
