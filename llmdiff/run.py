@@ -118,8 +118,10 @@ def step_key(nb,     # notebook path
             )->str:  # 16 hex digits
     "Hash of all that a step depends on."
     src, lib = code_of(nb), package()
-    mods = {m: syntax((lib/f"{m}.py").read_text(encoding="utf-8")) for m in modules(src)}
-    return digest(syntax(src), params, mods, data, before, [[str(f), content(f)] for f in named_files(params, home)])
+    mods = {m: syntax((lib/f"{m}.py").read_text(encoding="utf-8")) for m in sorted(modules(src))}
+    secret = "ANTHROPIC_API_KEY"   # that it is set counts where the code asks for it, its value does not
+    has = secret in os.environ and any(secret in text for text in (src, *mods.values()))
+    return digest(syntax(src), params, mods, data, before, has, [[str(f), content(f)] for f in named_files(params, home)])
 
 # %% ../nbs/90_run.ipynb #c018
 def files_of(R)->dict: # name, relative to the run folder -> [bytes, date]
@@ -127,7 +129,8 @@ def files_of(R)->dict: # name, relative to the run folder -> [bytes, date]
     R, out = Path(R), {}
     for f in sorted(R.rglob("*")):
         name = f.relative_to(R).as_posix()
-        if f.name.startswith(".") or ("/" not in name and (name == "state.json" or f.suffix == ".ipynb")) or not f.is_file(): continue
+        own = name == "state.json" or name.startswith("cards/") or ("/" not in name and f.suffix == ".ipynb")   # the driver's
+        if own or f.name.startswith(".") or not f.is_file(): continue
         s = f.stat(); out[name] = [s.st_size, s.st_mtime_ns]
     return out
 
@@ -536,13 +539,14 @@ def cmd_presets(a):
 
 def cmd_card(a):
     "`llmdiff card`"
+    from html import escape
     from llmdiff.examples import latent_card
     R = Path(a.runs or root()/"runs").expanduser().resolve()/a.preset
     check(R.is_dir(), f"{shown(R, root())} does not exist: `llmdiff run --preset {a.preset}` makes it")
     body = latent_card(a.latent, a.pair, str(R))._repr_html_()
     out = Path(a.out) if a.out else R/"cards"/f"{a.pair}_{a.latent}.html"
     with atomic(out) as t:
-        t.write_text(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{a.pair} latent {a.latent}</title></head>'
+        t.write_text(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(a.pair)} latent {a.latent}</title></head>'
                      f'<body style="font-family:sans-serif;max-width:60em;margin:2em auto">{body}</body></html>\n', encoding="utf-8")
     print(shown(out, root()))
 

@@ -252,3 +252,14 @@ def test_presets_are_listed(capsys):
     assert R.main(["presets"]) == 0
     out = capsys.readouterr().out
     assert "[tiny]" in out and "[small] (default)" in out and "n_latents = 114688" in out
+
+
+def test_a_key_for_claude_counts_where_it_is_used(toy, monkeypatch):
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    toy.step(2, TWO + "\nimport os; os.environ.get('ANTHROPIC_API_KEY')")
+    toy.run()
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "not a real one")
+    assert toy.run() == ["02_two"]
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "another")
+    assert toy.run() == []
+    assert "not a real one" not in (toy.R/"state.json").read_text()
