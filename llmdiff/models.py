@@ -100,15 +100,9 @@ def device(): # "cuda" or "cpu"
     "Where models run: the GPU when there is one."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-@functools.lru_cache(None)
-def _bf16_is_fast(n=768):
-    def t(dt):
-        a = torch.ones(n, n, dtype=dt); b = torch.ones(n, n, dtype=dt)
-        best = 1e9
-        for _ in range(5):
-            t0 = time.perf_counter(); a @ b; best = min(best, time.perf_counter() - t0)
-        return best
-    return device() == "cuda" or t(torch.bfloat16) < 0.8*t(torch.float32)
+def _bf16_is_fast():
+    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device() == "cuda" or any(getattr(torch.cpu, f, bool)() for f in flags)
 
 def pick_dtype(dtype="auto"): # "auto", "float32" or "bfloat16"
     "The torch dtype in which models run; `auto` probes this machine."
@@ -401,6 +395,8 @@ def answers(model,       # causal LM
             new_tokens,  # longest answer
             n=1,         # answers a prompt
             seed=0, temperature=.8, batch=32,
+            top_p=.95,   # nucleus; 1 switches it off (it sorts the whole vocabulary at every token)
+            top_k=0,     # keep the k likeliest tokens, 0 for all
             keep=None    # compact vocabulary of the model, if it has one
            )->list:      # of lists of (text, ended)
     "Sampled answers through the chat template, batched by length, left-padded."
@@ -417,7 +413,7 @@ def answers(model,       # causal LM
             part = order[s:s+batch]; L = max(len(ids[i]) for i in part)
             x = torch.tensor([[pad]*(L - len(ids[i])) + ids[i] for i in part], device=model.device)
             am = torch.tensor([[0]*(L - len(ids[i])) + [1]*len(ids[i]) for i in part], device=model.device)
-            y = model.generate(input_ids=x, attention_mask=am, do_sample=True, temperature=temperature, top_p=.95, top_k=0, max_new_tokens=new_tokens, num_return_sequences=n, eos_token_id=eos, pad_token_id=pad)[:, L:].cpu().numpy()
+            y = model.generate(input_ids=x, attention_mask=am, do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=new_tokens, num_return_sequences=n, eos_token_id=eos, pad_token_id=pad)[:, L:].cpu().numpy()
             for j, i in enumerate(part): out[i] = [_finish(r, eos, tok, back) for r in y[j*n:(j+1)*n]]
     return out
 
@@ -601,12 +597,12 @@ def outside_view(models,  # dict name -> spec
     ask = prompts(rows, "held", n, 240)
     prose, chat = held_texts(models, n, seed=seed)
     maker = load_model(models[names[1]], dtype)
-    pairs = [pair_ids(p, tok) for p in make_pairs(ask, answers(maker, tok, [p["prompt"] for p in ask], new_tokens, 4, seed + 1))]
+    pairs = [pair_ids(p, tok) for p in make_pairs(ask, answers(maker, tok, [p["prompt"] for p in ask], new_tokens, 4, seed + 1, top_p=1., top_k=50))]
     del maker; gc.collect()
     table, said = [], pd.DataFrame([dict(kind=p["kind"], prompt=p["prompt"]) for p in ask])
     for name, spec in models.items():
         m = load_model(spec, dtype)
-        o = answers(m, tok, [p["prompt"] for p in ask], new_tokens, 1, seed)
+        o = answers(m, tok, [p["prompt"] for p in ask], new_tokens, 1, seed, top_p=1., top_k=50)
         said[name] = [a for (a, e), in o]
         table.append(dict(model=name, ppl_prose=perplexity(m, prose), ppl_chat=perplexity(m, [c[0] for c in chat], [c[1] for c in chat]),
                           **preference(m, pairs), **rates(ask, o)))
