@@ -189,7 +189,7 @@ def top_contexts(store, cc, pair, docs, tok, latents, # [L] latent ids
 # %% ../nbs/08_examples.ipynb #c026
 CSS = """<style>.ld-card{border:1px solid rgba(128,128,128,.4);border-radius:6px;padding:.6em .9em;max-width:60em;line-height:1.45}
 .ld-card p{margin:.25em 0;overflow-wrap:anywhere;unicode-bidi:isolate}.ld-card .ld-t{white-space:pre-wrap;border-radius:2px}
-.ld-card .ld-s{opacity:.65;font-size:85%}.ld-card .ld-b{display:inline-block;height:.6em;background:rgba(123,45,139,.75);margin-right:.4em}</style>"""
+.ld-card .ld-s{opacity:.65;font-size:85%}.ld-card .ld-b{display:inline-block;height:.6em;background:rgba(150,80,180,.9);margin-right:.4em}</style>"""
 
 def shown(s): # any text
     "Text fit for a page: escaped, control characters as signs."
@@ -220,11 +220,12 @@ def card(r,    # row of the latents table
     "The card of one latent."
     (A, B), pair = names, pair_name(names); top = max(e.act.max() if len(e) else 0, 1e-9); wide = max(r.norm_A, r.norm_B, 1e-9)
     label = r.get("label"); label = label if isinstance(label, str) and label else "no label yet"
-    ci = lambda n: f"{n.replace('_', ' ')} {_num(r[n])} ({_num(r[n + '_lo'])} to {_num(r[n + '_hi'])})"
+    P = "A" if r.verdict == "unique-A" else "B"
+    ci = lambda n: f"{n} {_num(r[f'{n}_{P}'])} ({_num(r[f'{n}_{P}_lo'])} to {_num(r[f'{n}_{P}_hi'])})"
     out = [f"<p><b>{shown(label)}</b> <span class='ld-s'>latent {int(r.latent)} of {shown(pair)}</span></p>",
            f"<p><b>{shown(r.verdict)}</b>: {shown(r.reason)}</p>"]
     out += [f"<p class='ld-s'><span class='ld-b' style='width:{9*n/wide:.2f}em'></span>{shown(m)}: decoder norm {n:.3f}</p>" for m, n in ((A, r.norm_A), (B, r.norm_B))]
-    out += [f"<p class='ld-s'>Delta_norm {r.delta_norm:.3f}, cosine {r.cos:.2f}; probe {shown(B)}: {ci('nu_eps_B')}, {ci('nu_r_B')}; active on {int(r['count']):,} tokens ({r.freq:.2%}) in {int(r.n_docs):,} documents</p>"]
+    out += [f"<p class='ld-s'>Delta_norm {r.delta_norm:.3f}, cosine {r.cos:.2f}; probe {shown(names[P == 'B'])}: {ci('nu_eps')}, {ci('nu_r')}; active on {int(r['count']):,} tokens ({r.freq:.2%}) in {int(r.n_docs):,} documents</p>"]
     for kind, title in (("top", "strongest"), ("quantile", "other levels"), ("zero", "silent")):
         k = e[e.kind == kind].sort_values("rank")
         if len(k): out.append(f"<p class='ld-s'><b>{title}</b></p>")

@@ -406,8 +406,10 @@ def answers(model,       # causal LM
     if fwd: ids = [[fwd[t] for t in i if t in fwd] for i in ids]
     eos, pad = end_id(tok), tok.pad_token_id
     if fwd: eos, pad = fwd[eos], fwd[pad]
-    out, order, g = [None]*len(ids), sorted(range(len(ids)), key=lambda i: len(ids[i])), torch.random.fork_rng()
-    with g, torch.no_grad():
+    out, order = [None]*len(ids), sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    # the last position alone is a strided view, for which matmul would copy the head's weights once a sequence
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, a: (a[0].contiguous(),))
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for s in range(0, len(order), batch):
             part = order[s:s+batch]; L = max(len(ids[i]) for i in part)
@@ -415,6 +417,7 @@ def answers(model,       # causal LM
             am = torch.tensor([[0]*(L - len(ids[i])) + [1]*len(ids[i]) for i in part], device=model.device)
             y = model.generate(input_ids=x, attention_mask=am, do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=new_tokens, num_return_sequences=n, eos_token_id=eos, pad_token_id=pad)[:, L:].cpu().numpy()
             for j, i in enumerate(part): out[i] = [_finish(r, eos, tok, back) for r in y[j*n:(j+1)*n]]
+    hook.remove()
     return out
 
 def _finish(row, eos, tok, back):

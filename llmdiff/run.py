@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['steps', 'pick', 'declared', 'fit', 'parameters', 'package', 'syntax', 'code_of', 'modules', 'content', 'named_files',
            'step_key', 'files_of', 'load_state', 'why', 'record', 'locked', 'uses_hub', 'environment', 'stop',
-           'execute', 'clock', 'progress', 'reporter', 'sentence', 'shown', 'peak_gb', 'run_step', 'run_all',
-           'main_table', 'commit', 'publish', 'sha256', 'page_name', 'show_docs', 'fold', 'split_title', 'page',
-           'links', 'site', 'config', 'symbols', 'readme', 'unecho', 'cmd_run', 'parse', 'cmd_presets', 'cmd_card',
-           'cmd_site', 'parser', 'main']
+           'execute', 'clock', 'progress', 'reporter', 'sentence', 'preflight', 'shown', 'peak_gb', 'run_step',
+           'run_all', 'main_table', 'commit', 'publish', 'sha256', 'page_name', 'show_docs', 'fold', 'split_title',
+           'page', 'links', 'site', 'config', 'symbols', 'readme', 'unecho', 'cmd_run', 'parse', 'cmd_presets',
+           'cmd_card', 'cmd_site', 'parser', 'main']
 
 # %% ../nbs/90_run.ipynb #c002
 import argparse, ast, contextlib, difflib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -275,7 +275,19 @@ def sentence(e): # an exception that ended a notebook
     text = " ".join(text.split())
     return (text if name == "UserError" else f"{name}: {text}" if text else name)[:600].rstrip(". ")
 
-# %% ../nbs/90_run.ipynb #c032
+# %% ../nbs/90_run.ipynb #c033
+def preflight(values): # name -> value, as for `parameters`
+    "One sentence for a run that could only fail later; reads settings and model configurations, loads no weights."
+    if not {"models", "pairs", "layer", "sources", "n_tokens", "n_latents", "k", "batch", "train_tokens"} <= values.keys(): return
+    from llmdiff.corpus import check_source
+    from llmdiff.models import check_models
+    from llmdiff.training import check_training
+    check_pairs(values["pairs"], values["models"])
+    for s in values["sources"]: check_source(s)
+    check_training(int(.9*values["n_tokens"]), values["n_latents"], values["k"], values["batch"], values["train_tokens"])
+    check_models(values["models"], values["layer"])
+
+# %% ../nbs/90_run.ipynb #c035
 def shown(p, home): # a path
     "A path as it is printed: relative to the project if it is inside."
     p, home = Path(p).resolve(), Path(home).resolve()
@@ -317,6 +329,7 @@ def run_all(preset="small", # a section of settings.ini
     nbs = steps(home)
     values = {**load_preset(preset, home/"settings.ini"), **(values or {})}
     todo, given, env = pick(nbs, only, start), parameters(values, nbs), environment(values)
+    preflight(values)
     R = Path(runs or home/"runs").expanduser().resolve()/preset
     R.mkdir(parents=True, exist_ok=True)
     data, before, begun = content(home/"data"), "", time.monotonic()
@@ -336,7 +349,7 @@ def run_all(preset="small", # a section of settings.ini
     print(f"preset {preset}: {clock(time.monotonic() - begun)}", file=file)
     return R
 
-# %% ../nbs/90_run.ipynb #c039
+# %% ../nbs/90_run.ipynb #c042
 def main_table(R, home): # run folder, project folder
     "The run's main table as aligned text, and where the rest is."
     import pandas as pd
@@ -379,7 +392,7 @@ def sha256(file):
     import hashlib
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
-# %% ../nbs/90_run.ipynb #c042
+# %% ../nbs/90_run.ipynb #c045
 def page_name(nb): # notebook path
     "nbdev's name of a page: the notebook's, without its number."
     return re.sub(r"^\d+[a-z]*_", "", Path(nb).stem.lower())
@@ -443,7 +456,7 @@ def links(text, pages):
     text = text.replace("](../figures/", "](figures/")
     return re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", text)   # other files of the project are not part of the site
 
-# %% ../nbs/90_run.ipynb #c044
+# %% ../nbs/90_run.ipynb #c047
 def site(out="_docs", # folder of the site, made anew
          home=None    # project folder, default this project's
         ):            # the builder's warnings
@@ -484,7 +497,7 @@ def symbols(nbs): # notebooks
         if names: out.update({n: f"{page_name(f)}.html#{n.lower()}" for n in ast.literal_eval(names[1]) if not n.startswith("_")})
     return out
 
-# %% ../nbs/90_run.ipynb #c046
+# %% ../nbs/90_run.ipynb #c049
 def readme(home=None,  # project folder, default this project's
            write=True  # also write README.md and the outputs in `nbs/index.ipynb`
           )->str:      # Markdown
@@ -514,7 +527,7 @@ def unecho(cell):
     cell.cell_type, cell.source = "markdown", "\n\n".join(texts) or None
     for k in ("outputs", "execution_count"): cell.pop(k, None)
 
-# %% ../nbs/90_run.ipynb #c048
+# %% ../nbs/90_run.ipynb #c051
 def cmd_run(a):
     "`llmdiff run`"
     bad = [s for s in a.p if "=" not in s]
@@ -557,7 +570,7 @@ def cmd_site(a):
     print(f"{shown((root()/a.out).resolve(), root())}/index.html")
     return 1 if found else 0
 
-# %% ../nbs/90_run.ipynb #c049
+# %% ../nbs/90_run.ipynb #c052
 def parser():
     "The command line."
     import llmdiff

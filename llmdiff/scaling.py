@@ -225,11 +225,12 @@ def reason(r,     # a row of the scaling table, with its verdict
     d, side = f"Delta_norm {r.delta_norm:.2f}", "A" if r.verdict == "unique-A" or (r.verdict != "unique-B" and r.delta_norm < 0.5) else "B"
     this, other = (A, B) if side == "A" else (B, A)
     nu = f"nu_eps {_num(getattr(r, 'nu_eps_' + side))}, nu_r {_num(getattr(r, 'nu_r_' + side))}"
-    if r.verdict.startswith("unique"): return f"{other} does not hold it: {nu} ({d}, cosine {r.cos:.2f})"
+    equal = abs(r.delta_norm - 0.5) < shared_band
+    if r.verdict.startswith("unique"): return f"{other} does not hold {this}'s direction: {nu} ({d}, cosine {r.cos:.2f})" + ", yet both rows are about as long"*equal
     if r.verdict == "shrunk": return f"{d} says {this} only, but the error of {other} holds it: {nu}"
     if r.verdict == "decoupled": return f"{d} says {this} only, but other latents give it to {other}: {nu}"
     if r.verdict == "shared": return f"equal norms ({d}, cosine {r.cos:.2f}); probe {this} gives {nu}"
-    if abs(r.delta_norm - 0.5) < shared_band: return f"equal norms ({d}) in different directions (cosine {r.cos:.2f}): {nu}"
+    if equal: return f"equal norms ({d}) in different directions (cosine {r.cos:.2f}): {nu}"
     return f"between the cuts: {d}, probe {this} gives {nu}"
 
 def judge(t, names, **cuts)->pd.DataFrame: # t with `alive`, `verdict`, `reason`
@@ -248,6 +249,8 @@ def count_row(t,     # judged table of a pair
     for P in "BA":
         r |= {f"delta_norm_{P}": int(k[f"delta_{P}"].sum()), f"low_nu_{P}": int(k[f"low_{P}"].sum()),
               f"all_three_{P}": int((k[f"delta_{P}"] & k[f"low_{P}"]).sum())}
+    r["rotated"] = int((k.low_A & k.low_B & k.equal).sum())
+    for P in "BA": r[f"equal_norm_{P}"] = int(((t.verdict == f"unique-{P}") & k.equal).sum())
     for v in ("unique-B", "unique-A", "shared", "shrunk", "decoupled"): r[v] = int((t.verdict == v).sum())
     r["other"] = int((t.alive & (t.verdict == "other")).sum())
     for P in "BA":
@@ -306,10 +309,10 @@ def figure_1(parts, # three (table, [A, B], n_tokens): direct pair, then the two
              delta_cut=0.1, nu_eps_cut=0.2, nu_r_cut=0.5):
     "The paper's Figure 1: (a) the direct pair by norm, (b, c) the fine-tunes against the base by nu."
     from matplotlib import pyplot as plt
-    fig = plt.figure(figsize=(13, 4)); g = fig.add_gridspec(1, 3, wspace=0.25)
+    fig = plt.figure(figsize=(14, 4)); g = fig.add_gridspec(1, 3, wspace=0.36)
     delta_panel(fig.add_subplot(g[0]), *parts[0], delta_cut)
     for i in (1, 2): plane_panel(fig, g[i], *parts[i], nu_eps_cut, nu_r_cut)
-    for i, a in enumerate("abc"): fig.text(0.11 + 0.272*i, 0.92, f"({a})", fontweight="bold")
+    for i, a in enumerate("abc"): fig.text(g[i].get_position(fig).x0 - 0.045, 0.92, f"({a})", fontweight="bold")
     plt.close(fig)
     return fig
 

@@ -1,5 +1,5 @@
 """The activation store: right numbers, killed runs, broken files, changed inputs, order of batches."""
-import json, shutil, signal, subprocess, sys, textwrap
+import json, shutil, signal, subprocess, sys
 from collections import namedtuple
 from pathlib import Path
 

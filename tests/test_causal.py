@@ -2,7 +2,7 @@
 import numpy as np, pandas as pd, pytest, torch, transformers
 from llmdiff import causal
 from llmdiff.caching import residual, tap
-from llmdiff.causal import answer_positions, before_head, causal_pair, choose_chats, latent_sets, latent_steps, log_probs, patch_kl, recovered, shift, streams, variants
+from llmdiff.causal import answer_positions, before_head, causal_pair, choose_chats, latent_sets, latent_steps, logits, patch_kl, recovered, shift, streams, variants
 from llmdiff.core import UserError
 from llmdiff.crosscoder import Crosscoder, set_normalisation
 
@@ -67,13 +67,13 @@ def test_patching_agrees_with_a_hook_on_the_whole_model(arch):
     a, b = toy(arch, 0), toy(arch, 1); ids = torch.randint(0, VOCAB, (14,)); ran = []
     net, layers = tap(b); h = residual(*(lambda t: (t[0], t[1][2]))(tap(a)), ids[None], torch.ones(1, 14, dtype=int))
     with torch.no_grad():
-        handle = b.model.layers[2].register_forward_hook(lambda m, x, out: h.clone()); want = b(input_ids=ids[None]).logits[0].log_softmax(-1); handle.remove()
-        plain = b(input_ids=ids[None]).logits[0].log_softmax(-1)
+        handle = b.model.layers[2].register_forward_hook(lambda m, x, out: h.clone()); want = b(input_ids=ids[None]).logits[0]; handle.remove()
+        plain = b(input_ids=ids[None]).logits[0]
     for i, l in enumerate(b.model.layers): l.mlp.register_forward_hook(lambda *x, i=i: ran.append(i))
-    got = log_probs(b, before_head(net, layers, 2, ids, h)[0])
+    got = logits(b, before_head(net, layers, 2, ids, h)[0])
     assert ran == [3]                                            # layers below the patch do not run
     assert torch.allclose(got, want, atol=1e-4) and (plain - want).abs().max() > .1
-    assert torch.allclose(log_probs(b, before_head(net, layers, 2, ids, None)[0]), plain, atol=1e-4)
+    assert torch.allclose(logits(b, before_head(net, layers, 2, ids, None)[0]), plain, atol=1e-4)
 
 @pytest.mark.parametrize("arch", ["Llama", "Gemma2", "Gemma3"])
 def test_full_replacement_recovers_everything_and_no_patch_nothing(arch):

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 from llmdiff import examples as ex
 from llmdiff.core import UserError, save_latents
 from llmdiff.crosscoder import Crosscoder, save
+from llmdiff.scaling import encode_tile
 
 AB, BOS, D = ["A", "B"], 1, 20
 
@@ -41,7 +42,10 @@ class World:
     def rows(self, pair=None):
         for a, b in zip(self.cuts, self.cuts[1:]): yield {"acts": self.x[a:b], "token": self.token[a:b], "pos": self.pos[a:b], "doc": self.doc[a:b]}
 
-    def dense(self): return self.cc.dense_codes(self.cc.normalise(self.x)).numpy()
+    def dense(self):
+        row, lat, val = encode_tile(self.cc, {"acts": self.x})[1]
+        f = torch.zeros(len(self.x), D); f[row, lat] = val
+        return f.numpy()
 
     def run(self, latents, **kw): return ex.top_contexts(self, self.cc, AB, self.docs, Tok(), latents, **kw)
 
@@ -198,7 +202,7 @@ NASTY = ["<script>alert(1)</script>", "</span></div>", "<img src=x onerror=y>", 
 
 
 def row(**kw):
-    r = {"latent": 3, "verdict": "unique-B", "reason": "A does not hold it", "norm_A": .2, "norm_B": 1., "delta_norm": .9, "cos": .1, "count": 4, "freq": .07, "n_docs": 4}
+    r = {"latent": 3, "verdict": "unique-B", "reason": "A does not hold B's direction", "norm_A": .2, "norm_B": 1., "delta_norm": .9, "cos": .1, "count": 4, "freq": .07, "n_docs": 4}
     return pd.Series(r | {f"nu_{t}_{P}{s}": .1 for t in ("eps", "r") for P in "AB" for s in ("", "_lo", "_hi")} | kw)
 
 

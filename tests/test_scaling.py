@@ -39,6 +39,13 @@ def random_case(seed=0, n=400, d=10, D=24):
     return x, np.arange(n)//7, cc
 
 
+def dense(cc, x):
+    "Normalised activations, codes as triples and as a dense array: those that the pass itself sees."
+    xn, codes = sc.encode_tile(cc, {"acts": x})
+    f = torch.zeros(len(x), cc.n_latents); f[codes[0], codes[1]] = codes[2]
+    return xn, codes, f
+
+
 def test_orientation_of_delta_norm():
     "0 = A only, 1 = B only: public code often stores the opposite."
     t = sc.decoder_table(torch.tensor([[[3., 0], [0, 0]], [[0, 0], [0, 1]], [[0, 2], [2, 0]], [[0, 1], [0, 4]]]))
@@ -53,8 +60,8 @@ def test_one_pass_equals_direct_fit(seed):
     x, doc, cc = random_case(seed)
     S = sc.scan(FakeStore(x, doc, 3), cc, AB, n_blocks=6, rows=50, dtype=torch.float64)
     t = sc.scaling_table(S, cc.W_dec.detach(), n_boot=5)
-    xn = cc.normalise(x); codes = cc.encode(xn)
-    X, R, F, W = (a.double() for a in (xn, cc.decode(*codes, len(x)).detach(), cc.dense_codes(xn), cc.W_dec.detach()))
+    xn, codes, f = dense(cc, x)
+    X, R, F, W = (a.double() for a in (xn, cc.decode(*codes, len(x)).detach(), f, cc.W_dec.detach()))
     assert (F > 0).any(0).sum() > 15
     for j in np.flatnonzero(t["count"]):
         for m, M in enumerate(AB):
@@ -81,7 +88,7 @@ def test_default_precision_is_close():
 def test_counts_are_those_of_the_dense_codes():
     x, doc, cc = random_case()
     S = sc.scan(FakeStore(x, doc, 2), cc, AB, rows=30)
-    f = cc.dense_codes(cc.normalise(x)).numpy()
+    f = dense(cc, x)[2].numpy()
     np.testing.assert_array_equal(S["count"], (f > 0).sum(0))
     np.testing.assert_array_equal(S["n_docs"], [len(np.unique(doc[f[:, j] > 0])) for j in range(f.shape[1])])
     np.testing.assert_allclose(S["max_act"], f.max(0)); np.testing.assert_allclose(S["by_block"][:, :, 0].sum(0), (f.astype(float)**2).sum(0), rtol=1e-12)
