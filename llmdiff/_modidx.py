@@ -209,6 +209,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmdiff.examples.spread': ('examples.html#spread', 'llmdiff/examples.py'),
                                   'llmdiff.examples.token_text': ('examples.html#token_text', 'llmdiff/examples.py'),
                                   'llmdiff.examples.top_contexts': ('examples.html#top_contexts', 'llmdiff/examples.py'),
+                                  'llmdiff.examples.unlike': ('examples.html#unlike', 'llmdiff/examples.py'),
                                   'llmdiff.examples.wanted_codes': ('examples.html#wanted_codes', 'llmdiff/examples.py'),
                                   'llmdiff.examples.windower': ('examples.html#windower', 'llmdiff/examples.py')},
             'llmdiff.models': { 'llmdiff.models.Html': ('models.html#html', 'llmdiff/models.py'),

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['CAND', 'FIELDS', 'CSS', 'choose_latents', 'doc_maxima', 'keep_best', 'same_text', 'first_of_text',
            'silent_candidates', 'wanted_codes', 'pairs_in', 'collect', 'token_text', 'pieces', 'windower', 'spread',
-           'contexts', 'top_contexts', 'shown', 'shade', 'Card', 'card', 'load_examples', 'latent_card',
+           'unlike', 'contexts', 'top_contexts', 'shown', 'shade', 'Card', 'card', 'load_examples', 'latent_card',
            'pair_examples']
 
 # %% ../nbs/08_examples.ipynb #c002
 import html, re, unicodedata
+from functools import partial
 import numpy as np, pandas as pd, torch
 import pyarrow as pa, pyarrow.parquet as pq
 from .core import *
@@ -153,6 +154,19 @@ def spread(sample,    # CAND of one latent
     return s if len(s) <= n else s[np.rint(np.linspace(0, 1, n + 2)[1:-1]*(len(s) - 1)).astype(int)]
 
 # %% ../nbs/08_examples.ipynb #c022
+def unlike(cands, n,   # (doc, pos, act), best first; how many
+           cut,        # (doc, pos, act) -> context
+           seen, used  # texts and documents shown already, changed in place
+          )->list:     # of contexts with their rank
+    "The first `n` contexts whose document and text have not been shown."
+    out = []
+    for doc, pos, act in cands:
+        if len(out) == n: break
+        c = cut(doc, pos, act); key = same_text([c["text"]])[0]
+        if key in seen or doc in used: continue
+        seen.add(key); used.add(doc); out.append(dict(rank=len(out), **c))
+    return out
+
 def contexts(found,   # from `collect`
              latents, # [L]
              silent,  # [L, n] candidates
@@ -161,19 +175,14 @@ def contexts(found,   # from `collect`
     cut, out, keep = windower(docs, tok, found["acts"], left, right), [], docs.set_index("doc").keep
     for l, j in enumerate(map(int, latents)):
         seen, used = set(), set()
-        def add(kind, cands, n):
-            rank = 0
-            for doc, pos, act in cands:
-                if rank == n: return
-                c = cut(l, doc, pos, act); key = same_text([c["text"]])[0]
-                if key in seen or doc in used: continue
-                seen.add(key); used.add(doc); out.append({"latent": j, "kind": kind, "rank": rank, **c}); rank += 1
+        new = partial(unlike, cut=partial(cut, l), seen=seen, used=used)
+        rows = lambda kind, found, j=j: [{"latent": j, "kind": kind, **c} for c in found]
         mine = {k: found[k][found[k]["lat"] == l] for k in ("top", "sample")}
-        add("top", mine["top"][["doc", "pos", "act"]].tolist(), n_top)
-        add("quantile", spread(mine["sample"], used, n_quantile)[["doc", "pos", "act"]].tolist(), n_quantile)
+        out += rows("top", new(mine["top"][["doc", "pos", "act"]].tolist(), n_top))
+        out += rows("quantile", new(spread(mine["sample"], used, n_quantile)[["doc", "pos", "act"]].tolist(), n_quantile))
         quiet = silent[l][~found["fired"][l]]
         places = (np.flatnonzero(keep[d]) for d in quiet)
-        add("zero", ((int(d), int(p[mix(seed, [j], [d])[0] % np.uint64(len(p))]), 0.) for d, p in zip(quiet, places)), n_zero)
+        out += rows("zero", new([(int(d), int(p[mix(seed, [j], [d])[0] % np.uint64(len(p))]), 0.) for d, p in zip(quiet, places)], n_zero))
     return out
 
 def top_contexts(store, cc, pair, docs, tok, latents, # [L] latent ids

@@ -12,7 +12,7 @@ __all__ = ['GEMMA_TEMPLATE', 'GGUF', 'LIST', 'BOLD', 'REFUSAL', 'SELF', 'FILLER'
            'make_tiny_base', 'held_texts', 'outside_view', 'Html', 'side_by_side']
 
 # %% ../nbs/01_models.ipynb #c002
-import functools, gc, re
+import functools, gc, re, warnings
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -122,7 +122,9 @@ def load_model(spec,          # model spec
     for a in adapters:
         from peft import PeftModel
         check((path(a)/"adapter_config.json").exists(), f"adapter {a!r} of spec {spec!r} does not exist: no {path(a)/'adapter_config.json'}")
-        m = PeftModel.from_pretrained(m, path(a)).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)       # peft still asks transformers by an old name
+            m = PeftModel.from_pretrained(m, path(a)).merge_and_unload()
     return m.to(dtype=dt, device=device or globals()["device"]()).eval()
 
 def layers_of(model): # a transformers causal LM
@@ -366,7 +368,6 @@ def prefer(model, # causal LM (compact), the `it` model
            method,# "simpo" or "dpo"
            steps, batch, lr, seed, peft=None, **kw):
     "Preference tuning by trl: DPOTrainer, or CPOTrainer with SimPO's loss. Returns the model and the log."
-    import warnings
     from datasets import Dataset, disable_progress_bars
     disable_progress_bars(); warnings.simplefilter("ignore", FutureWarning)
     ds = Dataset.from_list([dict(prompt=words(p["prompt"]), chosen=words(p["chosen"]).rstrip(), rejected=words(p["rejected"]).rstrip()) for p in pairs])

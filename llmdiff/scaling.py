@@ -304,7 +304,7 @@ def plane_figure(t, names, n_tokens, **cuts):
     fig = plt.figure(figsize=(4.6, 4.2)); plane_panel(fig, fig.add_gridspec(1, 1)[0], t, names, n_tokens, **cuts); plt.close(fig)
     return fig
 
-# %% ../nbs/06_scaling.ipynb #c044
+# %% ../nbs/06_scaling.ipynb #c043
 def figure_1(parts, # three (table, [A, B], n_tokens): direct pair, then the two against the base
              delta_cut=0.1, nu_eps_cut=0.2, nu_r_cut=0.5):
     "The paper's Figure 1: (a) the direct pair by norm, (b, c) the fine-tunes against the base by nu."
@@ -316,7 +316,7 @@ def figure_1(parts, # three (table, [A, B], n_tokens): direct pair, then the two
     plt.close(fig)
     return fig
 
-# %% ../nbs/06_scaling.ipynb #c046
+# %% ../nbs/06_scaling.ipynb #c045
 def finding(c,      # table of counts, one row a pair
             figure1 # names of the pairs: direct, then the two against the base
            )->str:
@@ -336,7 +336,7 @@ def finding(c,      # table of counts, one row a pair
     return s + (". As in the paper, the comparisons with the base find a larger share than the direct one." if more else
                 ". Unlike in the paper, the comparisons with the base do not all find a larger share than the direct one.")
 
-# %% ../nbs/06_scaling.ipynb #c049
+# %% ../nbs/06_scaling.ipynb #c048
 def open_pair(run, pair): # -> Store, Crosscoder
     "The store of a run and the crosscoder of a pair, which must belong together."
     from llmdiff.caching import Store

@@ -1,14 +1,14 @@
 "The crosscoder and its training: the sparse step is the dense one, codes stand alone, a killed run loses nothing."
-import itertools, json, math
+import itertools, json
 
 import pytest, torch
 
 from llmdiff.caching import finish, moments, write_tensors
 from llmdiff.core import UserError
-from llmdiff.crosscoder import (MARGIN, Codes, Crosscoder, Planted, aux_grads, bag, batch_topk, calibrate, delta_norm, dense_aux, dense_code,
-                                dense_loss, encode, load, pair_dots, pointers, save, scan, scan_dtype, score_norm, select, set_normalisation, sparse_grads)
+from llmdiff.crosscoder import (Crosscoder, Planted, aux_grads, calibrate, delta_norm, dense_aux, dense_code,
+                                dense_loss, encode, load, save, scan_dtype, score_norm, select, set_normalisation, sparse_grads)
 from llmdiff import crosscoder, training
-from llmdiff.training import load_checkpoint, train, train_pair, train_step
+from llmdiff.training import train, train_pair, train_step
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 "Latent Scaling: against the direct fit, on planted truth, over tiles and blocks."
 import numpy as np, pandas as pd, pytest, torch
 from llmdiff import scaling as sc
-from llmdiff.core import UserError, latents, pair_name
+from llmdiff.core import UserError, latents
 from llmdiff.crosscoder import Crosscoder
 
 AB = ["A", "B"]
