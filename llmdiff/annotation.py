@@ -104,9 +104,9 @@ def keywords(words, # from `word_table`
 def peak(top # activating contexts
         )->tuple: # (piece in lower case, in how many contexts), or ("", 0) if none is at half of the maxima
     "The token at which most contexts have their maximum."
-    t = pd.Series([t.tokens[int(np.argmax(t.acts))].strip().lower() for t in top.itertuples()], dtype=object)
+    t = pd.Series([t.tokens[int(np.argmax(t.acts))].strip().lower() for t in top.itertuples() if len(t.acts)], dtype=object)
     n = t[t.str.contains(r"[^\s\ufffd]")].value_counts(sort=False).sort_index().sort_values(ascending=False, kind="stable")
-    return (n.index[0], int(n.iloc[0])) if len(n) and n.iloc[0] > 1 and n.iloc[0] >= len(t)/2 else ("", 0)
+    return (n.index[0], int(n.iloc[0])) if len(n) and n.iloc[0] > 1 and n.iloc[0] >= len(top)/2 else ("", 0)
 
 def with_peak(kw, # keywords of one latent
               top # its activating contexts
@@ -120,8 +120,7 @@ def with_peak(kw, # keywords of one latent
 # %% ../nbs/09_annotation.ipynb #c022
 SIGNS = {"bullet points or numbered steps": re.compile(r"(?m)^\s*(?:[-*•]|\d{1,2}[.)])\s"),
          "bold text or headings": re.compile(r"\*\*\S|(?m:^#{1,6}\s)"),
-         "program code": re.compile(r"[;{}]\s*(?:\n|$)|\b\w+\([^)]*\)\s*[:;{=.]|^\s*(?:import|from|def|class|return|#include)\b.*$|\w\s*[=!]=\s*\w|</\w+>", re.M),
-         "questions": re.compile(r"\?")}
+         "program code": re.compile(r"[;{}]\s*(?:\n|$)|\b\w+\([^)]*\)\s*[:;{=.]|^\s*(?:import|from|def|class|return|#include)\b.*$|\w\s*[=!]=\s*\w|</\w+>", re.M)}
 
 @lru_cache
 def _langid():
@@ -146,7 +145,7 @@ def signs(top,    # texts of the activating contexts
     out = [f"{k} ({share(r.search, top):.0%}, elsewhere {share(r.search, zero):.0%})" for k, r in SIGNS.items() if share(r.search, top) - share(r.search, zero) >= lead]
     langs = pd.Series([language(t) for t in top]); langs = langs[langs != ""]
     if len(langs)/max(len(top), 1) - share(language, zero) >= lead:
-        out.append(f"text in other languages than English: {', '.join(langs.value_counts(sort=False).sort_index().sort_values(ascending=False, kind='stable').index[:3])}")
+        out.append(f"writing in a language other than English ({', '.join(langs.value_counts(sort=False).sort_index().sort_values(ascending=False, kind='stable').index[:3])})")
     return out
 
 # %% ../nbs/09_annotation.ipynb #c025
@@ -172,7 +171,7 @@ def embed(texts # list of strings
 
 def category_scores(e,      # [n, 384] embeddings of the activating contexts
                     latent, # [n] whose context each is
-                    gloss,  # Series latent -> label words with signs, may be empty
+                    gloss,  # Series latent -> its signs as text, may be empty
                     base,   # [384] mean embedding of all contexts of the pair
                     cats,   # [n_categories, 384] embeddings of the descriptions
                     lam=0.3 # weight of the gloss
@@ -180,7 +179,7 @@ def category_scores(e,      # [n, 384] embeddings of the activating contexts
     "How well each category's description fits each latent."
     mean = np.stack([e[np.asarray(latent) == j].mean(0) for j in gloss.index])
     g = embed(list(gloss))*(gloss.to_numpy() != "")[:, None]
-    return (mean - base + lam*(g - g.mean(0))) @ cats.T
+    return (mean - base + lam*g) @ cats.T
 
 # %% ../nbs/09_annotation.ipynb #c027
 def _offline_row(j, kw, top, zero, signs_j, code, margin, annotator=OFFLINE):
@@ -196,7 +195,7 @@ def _offline_row(j, kw, top, zero, signs_j, code, margin, annotator=OFFLINE):
 
 def annotate_offline(examples, # examples of a pair, one row a context
                      taxonomy, # from `load_taxonomy`
-                     margin=0.02, # smallest lead of the best category
+                     margin=0.03, # smallest lead of the best category
                      n_top=10, # activating contexts used
                      n_zero=5  # non-activating contexts used
                     )->pd.DataFrame: # COLUMNS
@@ -208,8 +207,7 @@ def annotate_offline(examples, # examples of a pair, one row a context
     kw, e = keywords(word_table(seen)), embed([MARK.sub(" ", t) for t in seen.text])
     words = {j: with_peak(kw[kw.latent == j].reset_index(drop=True), top[j]) for j in ids}
     sg = {j: signs(list(top[j].text), list(zero[j].text)) for j in ids}
-    common = {j: words[j].word[words[j].docs >= max(2, .3*len(top[j]))] for j in ids}
-    gloss = pd.Series({j: "; ".join([" ".join(common[j]), *[s.split(" (")[0] for s in sg[j]]]).strip("; ") for j in ids})
+    gloss = pd.Series({j: "; ".join(s.split(" (")[0] for s in sg[j]) for j in ids})
     act = (seen.kind == "top").to_numpy()
     s = category_scores(e[act], seen.latent[act], gloss, e.mean(0), embed(list(taxonomy.description)))
     order = np.argsort(-s, axis=1, kind="stable"); lead = np.take_along_axis(s, order[:, :2], 1) @ [1, -1]
@@ -410,7 +408,7 @@ def annotate(examples,         # examples of a pair: columns latent, kind, rank,
              taxonomy=None,    # from `load_taxonomy`
              file=None,        # where Claude's answers are kept
              model="claude-opus-4-5", price=(5., 25.), max_requests=2000, # Claude only
-             margin=0.02,      # offline only
+             margin=0.03,      # offline only
              n_top=10, n_zero=5, client=claude_client
             )->pd.DataFrame:   # one row a latent, columns COLUMNS
     "Annotate every latent that has activating contexts."

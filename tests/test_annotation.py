@@ -86,7 +86,7 @@ def test_offline_repeats_exactly_and_ignores_row_order(examples, taxonomy):
 
 
 def test_offline_margin_decides_what_is_unassigned(examples, taxonomy):
-    n = [(an.annotate(examples, "offline", taxonomy, margin=m).category == "").sum() for m in (0, 0.02, 0.2, 2)]
+    n = [(an.annotate(examples, "offline", taxonomy, margin=m).category == "").sum() for m in (0, 0.03, 0.2, 2)]
     assert n == sorted(n) and n[0] == 0 and n[-1] == len(TOPICS)
 
 

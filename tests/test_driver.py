@@ -146,7 +146,8 @@ def alive(pid):
 def test_interrupted(toy, sig):
     pidfile = toy.home/"pid"
     toy.step(2, f"import os, time\nopen({str(pidfile)!r}, 'w').write(str(os.getpid()))\ntime.sleep(100)")
-    p = subprocess.Popen(toy.cmd("run", "--preset", "toy", "--runs", str(toy.R.parent)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen(toy.cmd("run", "--preset", "toy", "--runs", str(toy.R.parent)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a shell's background job ignores Ctrl-C, and so would its children
     end = time.monotonic() + 60
     while not (pidfile.exists() and pidfile.read_text()) and time.monotonic() < end: time.sleep(.1)
     pid = int(pidfile.read_text())
