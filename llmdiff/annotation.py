@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from .core import UserError, check, path, need, run_dir, digest, save_table, save_latents, latents, pair_name
 
@@ -424,7 +425,7 @@ def show(df,          # any table
         ):            # -> pandas Styler, which displays as HTML
     "A table as HTML with every cell, heading and caption escaped."
     d = df if n is None else df.head(n)
-    s = d.reset_index(drop=True).style.format(precision=precision, na_rep="–", escape="html").format_index(escape="html", axis=1).hide(axis="index")
+    s = Styler(d.reset_index(drop=True), cell_ids=False).format(precision=precision, na_rep="–", escape="html").format_index(escape="html", axis=1).hide(axis="index")
     left = [{"selector": "td, th", "props": "text-align: left; vertical-align: top"}, {"selector": "caption", "props": "text-align: left; font-weight: bold"}]
     return s.set_table_styles(left).set_caption(html.escape(caption)).set_uuid("t" + digest(caption, list(map(str, d.columns)))[:8])
 

@@ -124,7 +124,7 @@ def bars(t,        # from `class_table` or `category_table`
     "Diverging bars of the differences with their intervals."
     d = t.iloc[:-1]; d = d[d.count_A + d.count_B > 0].sort_values("diff", kind="stable")
     names = [f"{r.code} {r.category}" for r in d.itertuples()] if "code" in d else list(d["class"])
-    fig, ax = plt.subplots(figsize=(7.5, 1 + 0.33*max(len(d), 2)))
+    fig, ax = plt.subplots(figsize=(6.5, 1 + 0.3*max(len(d), 2)), dpi=72)
     n_a, n_b = int(t.n_A.iloc[0]), int(t.n_B.iloc[0])
     ax.set(title=title or f"{a} (N = {n_a}) against {b} (N = {n_b})", xlabel=f"share in {b} minus share in {a}, percentage points")
     if d.empty or d["diff"].isna().all():
