@@ -106,8 +106,8 @@ def readable(t, a, b)->pd.DataFrame: # a table, names of the models
     "The table with counts, intervals and signs in the cells."
     d = t[[c for c in ("code", "category", "class") if c in t and not (c == "class" and "code" in t)]].copy()
     for m, s in ((a, "A"), (b, "B")):
-        d[f"{m} (N = {t[f'n_{s}'].iloc[0]})"] = [f"{k}: {_num(x, '{:.1f} %')} [{_num(l, '{:.1f}')}, {_num(h, '{:.1f}')}]" for k, x, l, h in zip(t[f"count_{s}"], t[f"share_{s}"], t[f"low_{s}"], t[f"high_{s}"])]
-    d["difference, points"] = [f"{_num(x, '{:+.1f}')} [{_num(l, '{:+.1f}')}, {_num(h, '{:+.1f}')}]" for x, l, h in zip(t["diff"], t.diff_low, t.diff_high)]
+        d[f"{m} (N = {t[f'n_{s}'].iloc[0]})"] = [f"{k}: {_num(x, '{:.2f} %')} [{_num(l, '{:.1f}')}, {_num(h, '{:.1f}')}]" for k, x, l, h in zip(t[f"count_{s}"], t[f"share_{s}"], t[f"low_{s}"], t[f"high_{s}"])]
+    d["difference, points"] = [f"{_num(x, '{:+.2f}')} [{_num(l, '{:+.1f}')}, {_num(h, '{:+.1f}')}]" for x, l, h in zip(t["diff"], t.diff_low, t.diff_high)]
     d["change, %"] = [_num(x, "{:+.1f}") for x in t.change]
     return d.assign(**{"Fisher p": [_num(x, "{:.3f}") for x in t.p], "BH q": [_num(x, "{:.3f}") for x in t.q]})
 
