@@ -6,7 +6,7 @@
 __all__ = ['MARGIN', 'SLACK', 'Crosscoder', 'set_normalisation', 'normalise', 'denormalise', 'score_norm', 'batch_topk',
            'dense_code', 'dense_loss', 'row_topk', 'dense_aux', 'Codes', 'pointers', 'bag', 'pair_dots', 'scan_dtype',
            'tile_rows', 'scan', 'fold', 'rescore', 'select', 'sparse_grads', 'aux_grads', 'calibrate', 'encode',
-           'decode', 'dense_codes', 'delta_norm', 'save', 'read_config', 'load', 'Planted']
+           'decode', 'dense_codes', 'relative_norm', 'delta_norm', 'save', 'read_config', 'load', 'Planted']
 
 # %% ../nbs/04_crosscoder.ipynb #c002
 import json, math, warnings
@@ -81,14 +81,14 @@ def batch_topk(score, # [n, n_latents], not negative
     mask[score.flatten().topk(n).indices] = True
     return mask.view_as(score)
 
-def dense_code(cc, x): # x [n, n_models, d_model] normalised -> f [n, n_latents]
+def dense_code(cc, x, per_token=None): # x [n, n_models, d_model] normalised; places a token, default k -> f [n, n_latents]
     "$f = \\mathrm{BatchTopK}(\\mathrm{ReLU}(\\mathrm{pre}))$, unscaled values at the selected entries."
     f = F.relu(x.flatten(1) @ cc.W_enc.flatten(1).T + cc.b_enc)
-    return f * batch_topk(f.detach() * score_norm(cc), min(cc.k*len(x), f.numel()))
+    return f * batch_topk(f.detach() * score_norm(cc), min((per_token or cc.k)*len(x), f.numel()))
 
-def dense_loss(cc, x): # x [n, n_models, d_model] normalised
+def dense_loss(cc, x, per_token=None): # x [n, n_models, d_model] normalised; places a token, default k
     "Squared error summed over models and dimensions, mean over tokens; and the residual."
-    e = torch.einsum("nj,jmd->nmd", dense_code(cc, x), cc.W_dec) + cc.b_dec - x
+    e = torch.einsum("nj,jmd->nmd", dense_code(cc, x, per_token), cc.W_dec) + cc.b_dec - x
     return e.pow(2).sum()/len(x), e.detach()
 
 # %% ../nbs/04_crosscoder.ipynb #c018
@@ -274,12 +274,17 @@ def dense_codes(cc, x): # [n, n_models, d_model] normalised -> [n, n_latents]
 Crosscoder.encode, Crosscoder.decode, Crosscoder.dense_codes = encode, decode, dense_codes
 
 # %% ../nbs/04_crosscoder.ipynb #c040
-@torch.no_grad()
+def relative_norm(norm_A, # [n_latents], norms of A's decoder rows
+                  norm_B  # [n_latents], norms of B's
+                 )->np.ndarray: # [n_latents]: 0 = A only, 1/2 = both alike, 1 = B only
+    "Relative decoder norm; 1/2 where both rows are zero."
+    top = np.maximum(norm_A, norm_B)
+    return 0.5*((norm_B - norm_A)/np.where(top > 0, top, 1) + 1)
+
 def delta_norm(cc): # crosscoder of two models -> [n_latents]
-    "Relative decoder norm: 0 = A only, 1/2 = both alike, 1 = B only."
+    "Relative decoder norm of every latent."
     check(len(cc.names) == 2, f"Delta_norm compares two models, and this crosscoder has {len(cc.names)}")
-    a, b = cc.W_dec.norm(dim=2).unbind(1)
-    return .5*((b-a)/torch.maximum(a, b).clamp_min(1e-30) + 1)
+    return relative_norm(*cc.W_dec.detach().double().norm(dim=2).cpu().numpy().T)
 
 # %% ../nbs/04_crosscoder.ipynb #c043
 def save(cc,        # Crosscoder

@@ -8,8 +8,8 @@ __all__ = ['GEMMA_TEMPLATE', 'GGUF', 'LIST', 'BOLD', 'REFUSAL', 'SELF', 'FILLER'
            'pick_dtype', 'load_model', 'layers_of', 'load_tokenizer', 'vocab_hash', 'weights_hash', 'model_info',
            'check_models', 'lang_of', 'repetition', 'behaviours', 'rule_score', 'split_of', 'chat_rows', 'prompts',
            'compact', 'id_tokenizer', 'words', 'turns', 'end_id', 'lora', 'tune', 'prefer', 'answers', 'make_pairs',
-           'pair_ids', 'token_logprobs', 'perplexity', 'preference', 'rates', 'sft_rows', 'make_family',
-           'make_tiny_base', 'held_texts', 'outside_view', 'Html', 'side_by_side']
+           'pair_ids', 'token_logprobs', 'perplexity', 'pair_logprobs', 'preference', 'rates', 'sft_rows',
+           'make_family', 'make_tiny_base', 'held_texts', 'outside_view', 'Html', 'side_by_side']
 
 # %% ../nbs/01_models.ipynb #c002
 import functools, gc, re, warnings
@@ -467,14 +467,19 @@ def perplexity(model, seqs, masks=None): # token id lists; masks: 1 where a toke
     m = [np.ones(len(l), bool) if masks is None else np.array(k[1:], bool) for l, k in zip(lp, masks or lp)]
     return float(np.exp(-np.concatenate([l[k] for l, k in zip(lp, m)]).mean()))
 
-def preference(model, pairs): # pairs of token ids (pair_ids)
-    "Accuracy and mean margin (nats a token) with which the model prefers the chosen answers; SimPO's length-normalised reward without beta."
-    if not pairs: return dict(pref_accuracy=np.nan, pref_margin=np.nan, pref_pairs=0)
-    def reward(side):
-        lp = token_logprobs(model, [p["prompt"] + p[side] for p in pairs])
-        return np.array([l[len(p["prompt"])-1:].mean() for l, p in zip(lp, pairs)])
-    d = reward("chosen") - reward("rejected")
-    return dict(pref_accuracy=float((d > 0).mean()), pref_margin=float(d.mean()), pref_pairs=len(pairs))
+def pair_logprobs(model, pairs): # pairs of token ids (pair_ids)
+    "Log-probability [n_pairs, 2] of the chosen and of the rejected answer in nats, and their numbers of tokens."
+    lp = {side: [l[len(p["prompt"])-1:] for l, p in zip(token_logprobs(model, [p["prompt"] + p[side] for p in pairs]), pairs)] for side in ("chosen", "rejected")}
+    return tuple(np.array([[f(a), f(b)] for a, b in zip(*lp.values())], dtype=float).reshape(-1, 2) for f in (np.sum, len))
+
+def preference(lp,  # from `pair_logprobs`
+               ref  # the same by the model that the others were tuned from
+              )->dict:
+    "Accuracy and margin of the chosen answers: by the model alone, and in what it has gained over `ref` (undefined for `ref` itself)."
+    (own, n), gain = lp, lp[0] - ref[0]
+    d, g = own/n @ [1, -1], gain @ [1, -1]
+    mean = lambda x, ok: float(np.mean(x)) if len(own) and ok else np.nan
+    return dict(pref_pairs=len(own), pref_accuracy=mean(d > 0, True), pref_margin=mean(d, True), gain_accuracy=mean(g > 0, g.any()), gain_margin=mean(g, g.any()))
 
 def rates(prompts, outs): # prompts as from `prompts`; outs as from `answers`
     "Mean of each behaviour over the answers; refusal rates are among harmful and harmless requests."
@@ -603,15 +608,14 @@ def outside_view(models,  # dict name -> spec
     maker = load_model(models[names[1]], dtype)
     pairs = [pair_ids(p, tok) for p in make_pairs(ask, answers(maker, tok, [p["prompt"] for p in ask], new_tokens, 4, seed + 1, top_p=1., top_k=50))]
     del maker; gc.collect()
-    table, said = [], pd.DataFrame([dict(kind=p["kind"], prompt=p["prompt"]) for p in ask])
+    table, lp, said = [], {}, pd.DataFrame([dict(kind=p["kind"], prompt=p["prompt"]) for p in ask])
     for name, spec in models.items():
         m = load_model(spec, dtype)
         o = answers(m, tok, [p["prompt"] for p in ask], new_tokens, 1, seed, top_p=1., top_k=50)
-        said[name] = [a for (a, e), in o]
-        table.append(dict(model=name, ppl_prose=perplexity(m, prose), ppl_chat=perplexity(m, [c[0] for c in chat], [c[1] for c in chat]),
-                          **preference(m, pairs), **rates(ask, o)))
+        said[name], lp[name] = [a for (a, e), in o], pair_logprobs(m, pairs)
+        table.append(dict(model=name, ppl_prose=perplexity(m, prose), ppl_chat=perplexity(m, [c[0] for c in chat], [c[1] for c in chat]), **rates(ask, o)))
         del m; gc.collect()
-    return pd.DataFrame(table), said
+    return pd.DataFrame([dict(t, **preference(lp[t["model"]], lp[names[1]])) for t in table]), said
 
 # %% ../nbs/01_models.ipynb #c043
 import html

@@ -1,7 +1,8 @@
 "The crosscoder and its training: the sparse step is the dense one, codes stand alone, a killed run loses nothing."
-import itertools, json
+import itertools, json, re, signal, subprocess, sys, time, types
 
-import pytest, torch
+import numpy as np, pytest, torch
+from safetensors import safe_open
 
 from llmdiff.caching import finish, moments, write_tensors
 from llmdiff.core import UserError
@@ -206,7 +207,7 @@ def test_planted_concepts_are_found_with_their_owner():
     train(lambda s: (world(256, seed=100+i) for i in itertools.count(s)), cc, 300, 5e-3, dead_after=10**6)
     target = (world.W*cc.scale.float()[:, None]).flatten(1)
     cos = torch.nn.functional.normalize(target, dim=1) @ torch.nn.functional.normalize(cc.W_dec.detach().flatten(1), dim=1).T
-    best, d = cos.max(1).values, delta_norm(cc)[cos.max(1).indices]
+    best, d = cos.max(1).values, torch.from_numpy(delta_norm(cc))[cos.max(1).indices]
     assert (best > .8).float().mean() > .8
     assert d[world.owner == 0].median() < .15 and d[world.owner == 1].median() > .85
 
@@ -281,6 +282,85 @@ def test_killed_run_goes_on_to_the_last_bit(tmp_path, monkeypatch):
     assert steps[0] == 95 and len(steps) == 117-95          # it did go on, and not from the beginning
     for f in ("model.safetensors", "config.json", "log.parquet"): assert (tmp_path/"whole"/f).read_bytes() == (tmp_path/"cut"/f).read_bytes(), f
     assert not (tmp_path/"cut/checkpoint.safetensors").exists()
+
+
+TRAIN = """
+import sys, json, torch
+from pathlib import Path
+import llmdiff.training as training
+from llmdiff.caching import Store
+torch.set_num_threads(1)
+real = training.train
+training.train = lambda *a, **k: real(*a, **{**k, "every": 0})
+training.train_pair(Store(sys.argv[1]), ["pt", "it"], sys.argv[2], **json.loads(sys.argv[3]))
+"""
+
+
+def test_killed_by_the_system_at_random_points(tmp_path):
+    "SIGKILL leaves no time for anything: whatever is on disk then must do."
+    store, args, rng, kills = small_store(tmp_path/"store"), {**ARGS, "train_tokens": 400_000}, np.random.default_rng(), 0
+    train_pair(store, ["pt", "it"], tmp_path/"whole", **args)
+    for _ in range(3):
+        p = subprocess.Popen([sys.executable, "-c", TRAIN, str(tmp_path/"store"), str(tmp_path/"cut"), json.dumps(args)])
+        seen, file = None, tmp_path/"cut/checkpoint.safetensors"
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        while p.poll() is None and not (file.exists() and file.stat().st_mtime_ns > before): time.sleep(.01)
+        time.sleep(rng.uniform(0, .5)); p.kill(); kills += p.wait() == -signal.SIGKILL
+    assert kills and not (tmp_path/"cut/model.safetensors").exists()
+    train_pair(store, ["pt", "it"], tmp_path/"cut", **args)
+    for f in ("model.safetensors", "config.json", "log.parquet"): assert (tmp_path/"whole"/f).read_bytes() == (tmp_path/"cut"/f).read_bytes(), f
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    "The system refuses files above a size, as a full disk would, from the second half of the run on."
+    code = TRAIN.replace("import sys,", "import resource, signal, sys,").replace("real = training.train\n", """real, save, n = training.train, training.save_checkpoint, []
+def full(*a):
+    n.append(1)
+    if len(n) == 3: signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    return save(*a)
+training.save_checkpoint = full
+""")
+    small_store(tmp_path/"store")
+    r = subprocess.run([sys.executable, "-c", code, str(tmp_path/"store"), str(tmp_path/"cut"), json.dumps(ARGS)], capture_output=True, text=True)
+    last = r.stderr.strip().splitlines()[-1]
+    assert r.returncode and re.search(r"UserError: the checkpoint of step 3 of pt-it could not be written .*: make room and run again, training goes on from the one before it", last), r.stderr
+    with safe_open(tmp_path/"cut/checkpoint.safetensors", "pt") as f: assert f.metadata()["step"] == "2"
+    assert [f.name for f in (tmp_path/"cut").iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_gpu_memory_that_runs_out_is_one_sentence(tmp_path, monkeypatch):
+    def out(*a, **k): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(training, "train_step", out)
+    for total, words in ((80e9, "set batch = 128"), (100_000, "latents need .* set n_latents = ")):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda dev: types.SimpleNamespace(total_memory=total))
+        with pytest.raises(UserError, match=words): train_pair(small_store(tmp_path/f"store{total}"), ["pt", "it"], tmp_path/"cc", **ARGS)
+
+
+def test_annealed_k_ends_at_k(tmp_path, monkeypatch):
+    store, places = small_store(tmp_path/"store"), []
+    real = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda cc, opt, x, state, dtype, per_token, **k: places.append(per_token) or real(cc, opt, x, state, dtype, per_token, **k))
+    cc, log, res = train_pair(store, ["pt", "it"], tmp_path/"cc", **{**ARGS, "k_start": 12})
+    assert places[0] == 12 and set(places[36:]) == {4} and sorted(places, reverse=True) == places
+    assert log.l0.iloc[0] > 10 and log.l0.iloc[-1] == 4 and abs(res["l0"]-4) < 1
+    with pytest.raises(UserError, match="k_start = 65 does not fit a dictionary of 64"): train_pair(store, ["pt", "it"], tmp_path/"other", **{**ARGS, "k_start": 65})
+
+
+def test_a_large_dictionary_needs_no_large_memory():
+    "114,688 latents, batches of 4,096: the scores of a batch alone would take 1.9 GB."
+    code = """
+import resource, torch
+from llmdiff.crosscoder import Crosscoder
+from llmdiff.training import train_step
+cc = Crosscoder(8, 114_688, 100, "AB"); opt = torch.optim.Adam(cc.parameters(), fused=True)
+x, state = torch.randn(4096, 2, 8), dict(threshold=0., since=torch.zeros(cc.n_latents, dtype=torch.long))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(2): train_step(cc, opt, x, state)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1e6)
+"""
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    assert float(r.stdout) < .6, r.stdout
 
 
 def test_checkpoint_of_other_settings_is_not_used(tmp_path, monkeypatch, capsys):
