@@ -251,21 +251,23 @@ def pair_ranks(store, pair, folder, mesh, every=60., **args): # as of `train_pai
     with replaced(training, train=fit), contextlib.suppress(Helped): train_pair(store, pair, folder, **args)
     from_rank0(bool)   # the others wait for the files
 
-def settings_of(preset, changed): # its name; dict of -p
-    "The parameters of notebook 05_training, as `llmdiff run` would give them."
-    from llmdiff.run import declared, parameters, steps
-    nbs = steps(root()); nb = next(f for f in nbs if f.stem == "05_training")
-    return {**declared(nb), **parameters({**load_preset(preset), **changed}, nbs)[nb.stem]}
+def settings_of(step, preset, changed=()): # name of a notebook, of a preset; words KEY=VALUE
+    "The parameters of a step, as `llmdiff run` would give them."
+    from llmdiff.run import declared, parameters, parse, steps
+    nbs, bad = steps(root()), [w for w in changed if "=" not in w]
+    check(not bad, f"-p takes KEY=VALUE, not {bad[0] if bad else ''!r}")
+    changed = {k.strip(): parse(v) for k, v in (w.split("=", 1) for w in changed)}
+    return {**declared(next(f for f in nbs if f.stem == step)), **parameters({**load_preset(preset), **changed}, nbs)[step]}
 
 # %% ../nbs/92_parallel.ipynb #c031
 def work(a): # the parsed command line
     "Train all pairs of a preset over all ranks."
-    from llmdiff.run import locked, parse
+    from llmdiff.run import locked
     world = int(os.environ.get("WORLD_SIZE", 0))
     check(world, "torchrun starts this, and says how many ranks there are: torchrun --standalone --nproc-per-node 2 -m llmdiff.parallel --preset small")
     R = a.latents or world
     if a.check: check_layout(R, world//R, world, R); return self_check(meet(R, a.timeout))
-    s = settings_of(a.preset, {k.strip(): parse(v) for k, v in (w.split("=", 1) for w in a.p)})
+    s = settings_of("05_training", a.preset, a.p)
     pairs = s.pop("pairs"); s.pop("run"); s["select"] = s.pop("select_dtype")
     check_layout(s["n_latents"], s["batch"], world, R)
     folder = Path(a.runs or root()/"runs").expanduser().resolve()/a.preset; store = Store(folder/"store")
@@ -306,14 +308,14 @@ def main(argv=None): # the words of the command line
     return 0
 
 # %% ../nbs/92_parallel.ipynb #c035
-def self_check(mesh, n_steps=120, seed=0): # -> dict on rank 0, printed as JSON; None elsewhere
+def self_check(mesh, n_steps=80, seed=0): # -> dict on rank 0, printed as JSON; None elsewhere
     "Largest relative differences of loss and weights between a toy training over ranks and the same one in one process."
     p, P, r, R = place(mesh)
     world, dev = Planted(d_model=32, n_concepts=64, exclusive=8, active=4, seed=seed), mesh.device_type
     stat, D = world(10_000, seed=10**6).double(), R*math.ceil(192/R)
     new = lambda: set_normalisation(Crosscoder(32, D, 4, ["A", "B"], seed=seed), stat.mean(0), stat.var(0, unbiased=False).sum(1)).to(dev)
     stream = lambda start: (world(P*math.ceil(256/P), seed=i) for i in range(start, n_steps))
-    kw = dict(n_steps=n_steps, lr=3e-3, select="float32", dead_after=2000, k_aux=8, aux_latents=D, n_log=20)
+    kw = dict(n_steps=n_steps, lr=3e-3, select="float32", dead_after=1000, k_aux=8, aux_latents=D, n_log=20)
     with tempfile.TemporaryDirectory() as d: log = train_ranks(stream, cc := new(), mesh=mesh, checkpoint=Path(d)/"checkpoint.safetensors", **kw)
     if log is None: return None
     one = train(stream, alone := new(), **kw)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from llmdiff import parallel, training
 from llmdiff.core import UserError
-from llmdiff.crosscoder import Crosscoder, Planted, select
+from llmdiff.crosscoder import Crosscoder, Planted, select, set_normalisation
 from llmdiff.parallel import check_layout, cluster_cost, nth_largest, select_ranks, step_ranks, traffic
 from llmdiff.training import train, train_pair, train_step
 
@@ -23,20 +23,25 @@ def torchrun(n, *args):
 
 # ---- what the ranks do: this file run by torchrun
 
-def new(D=64): return Crosscoder(16, D, 4, ["A", "B"], seed=3)
+WORLD = Planted(16, 40, 6, 3, seed=1)
+
+
+def new():
+    x = WORLD(5000, seed=10**6).double()
+    return set_normalisation(Crosscoder(16, 64, 4, ["A", "B"], seed=3), x.mean(0), x.var(0, unbiased=False).sum(1))
 
 
 def stream(start, stop=10**9):
-    world = Planted(16, 40, 6, 3, seed=1)
     for i in itertools.count(start):
         if i == stop: raise KeyboardInterrupt
-        yield world(128, seed=i)
+        yield WORLD(128, seed=i)
 
 
 def a_step(mesh):
     "One step in the middle of a training: gradients against one process, bytes against `traffic`."
     p, P, r, R = parallel.place(mesh); cc = new(); x = cc.normalise(next(stream(0))); sent = []
-    since = torch.arange(64)*100                      # the last are dead
+    for w in (cc.W_enc, cc.W_dec): w.data[::2] *= .05 # these win nothing,
+    since = torch.arange(64)*100                      # and the last of them have not for long
     mine = parallel.slice_of(cc, mesh); kw = dict(dead_after=3000, k_aux=8, aux_latents=16)
     real = dist.all_reduce
     dist.all_reduce = lambda t, *a, **k: sent.append(t.numel()*t.element_size()) or real(t, *a, **k)
@@ -108,10 +113,10 @@ layouts = pytest.mark.parametrize("n,layout", LAYOUTS)
 
 @layouts
 def test_trajectory_is_that_of_one_process(worlds, n, layout):
-    "120 steps in float32, AuxK at work: losses to 1e-4; the weights, which a single score at the threshold can move, to 1e-2 of the largest."
+    "80 steps in float32, AuxK at work: losses to 1e-5; weights, which a single score within rounding of the threshold can move, to 1e-3 of the largest."
     c = worlds[1][n, 0][layout]["check"]
     assert c["dead"] > .01 and c["aux"] > 0 and c["loss_last"] < .5*c["loss_first"]
-    assert c["loss"] < 1e-4 and c["weights"] < 1e-2, c
+    assert c["loss"] < 1e-5 and c["weights"] < 1e-3, c
 
 
 @layouts
@@ -161,15 +166,18 @@ def test_four_ranks_then_two_then_one(worlds):
     log = train(stream, whole, **KW)
     got = train(lambda s: steps.append(s) or stream(s), cc, checkpoint=f, key="a", **KW)
     assert 70 < steps[0] <= 80 and list(got.step) == list(log.step)
-    assert (got.loss/log.loss-1).abs().max() < 1e-4 and (got.dead-log.dead).abs().max() < .02
-    for a, b in zip(cc.parameters(), whole.parameters()): assert (a-b).abs().max() < 1e-2*b.abs().max()
+    assert (got.loss/log.loss-1).abs().max() < 1e-5 and (got.dead-log.dead).abs().max() < .02
+    for a, b in zip(cc.parameters(), whole.parameters()): assert (a-b).abs().max() < 1e-3*b.abs().max()
 
 
 PRESET = dict(pairs=[["pt", "it"]], n_latents=64, k=4, batch=256, train_tokens=100_000, lr=3e-3, dead_after=4000, k_aux=8, aux_latents=16)
 
 
-def command(runs, n=2, **new):
-    return torchrun(n, "-m", "llmdiff.parallel", "--preset", "tiny", "--runs", runs, "--every", 0, *itertools.chain(*(("-p", f"{k}={json.dumps(v)}") for k, v in {**PRESET, **new}.items())))
+def words(settings): return [f"{k}={json.dumps(v)}" for k, v in settings.items()]
+
+
+def command(runs):
+    return torchrun(2, "-m", "llmdiff.parallel", "--preset", "tiny", "--runs", runs, "--every", 0, *(w for s in words(PRESET) for w in ("-p", s)))
 
 
 def run(cmd): return subprocess.run(cmd, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=240)
@@ -196,7 +204,7 @@ def test_a_rank_is_killed_and_the_job_goes_on(tmp_path, monkeypatch):
     for f in ("model.safetensors", "config.json", "log.parquet"): assert (cut/f).read_bytes() == (whole/f).read_bytes(), f
     # the chain finds it finished, as its own
     monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("trained again"))
-    s = parallel.settings_of("tiny", PRESET); s["select"] = s.pop("select_dtype")
+    s = parallel.settings_of("05_training", "tiny", words(PRESET)); s["select"] = s.pop("select_dtype")
     train_pair(store, ["pt", "it"], cut, **{k: v for k, v in s.items() if k not in ("pairs", "run")})
 
 
@@ -210,7 +218,7 @@ def test_layouts_that_cannot_be():
 
 
 @pytest.mark.parametrize("world,args,words", [
-    (None, [], "torchrun starts this"), (3, ["-p", "n_latents=512"], "512 latents cannot be divided over 3 ranks"), (2, ["-p", "n_latent=512"], "did you mean 'n_latents'"),
+    (None, [], "torchrun starts this"), (3, ["-p", "n_latents=512"], "512 latents cannot be divided over 3 ranks"), (2, ["-p", "n_latent=512"], "did you mean 'n_latents'"), (2, ["-p", "512"], "-p takes KEY=VALUE, not '512'"),
     (2, [], "manifest.json is missing: run notebook 03_caching first"), (2, ["--preset", "huge"], "unknown preset 'huge'")])
 def test_one_sentence_before_the_ranks_meet(tmp_path, monkeypatch, capsys, world, args, words):
     monkeypatch.setenv("WORLD_SIZE", str(world)) if world else monkeypatch.delenv("WORLD_SIZE", raising=False)
