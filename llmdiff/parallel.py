@@ -19,7 +19,7 @@ import pandas as pd, torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from .core import UserError, check, digest, load_preset, pair_name, root, write_json
+from .core import UserError, check, digest, load_preset, pair_name, root
 from .caching import Store
 from .crosscoder import (MARGIN, SLACK, Codes, Crosscoder, Planted, set_normalisation, pointers, bag, pair_dots, scan, fold, rescore, aux_grads, scan_dtype)
 from . import training
@@ -297,7 +297,7 @@ def main(argv=None): # the words of the command line
     a, local = parser().parse_args(argv), int(os.environ.get("LOCAL_RANK", 0))
     try: work(a)
     except UserError as e:
-        if local == 0: print(f"llmdiff: {e}", file=sys.stderr, flush=True)
+        if local == 0 or e.__context__: print(f"llmdiff: {e}", file=sys.stderr, flush=True)   # once, or by the one rank whose error it is
         return 1
     except (dist.DistError, RuntimeError) as e:
         if not isinstance(e, dist.DistError) and not any(w in str(e) for w in ("gloo", "Gloo", "NCCL", "onnection")): raise
@@ -335,14 +335,13 @@ def harvest_ranks(harvest, # function of `part`, a pair (rank, ranks): makes the
 
 # %% ../nbs/92_parallel.ipynb #c045
 def traffic(batch, n_models, d_model, n_latents, aux_latents, data, latents): # tokens a step, of all replicas; replicas, slices
-    "The sums over ranks of one step: over how many ranks, bytes of the array on each, and bytes that a rank sends (a ring: 2(n-1)/n times the array)."
-    width, own = n_models*d_model, n_latents//latents
-    rows = [("scores: three histograms", "all", data*latents, 3*2048*8 + 4), ("reconstruction", "latents", latents, batch//data*width*4), ("dead counters", "all", data*latents, n_latents*8),
-            ("AuxK: rows and their gradients", "latents", latents, 2*aux_latents*(2*width+1)*4 + 4), ("gradients of the slice", "data", data, own*(2*width+1)*4),
-            ("gradient of b_dec", "data", data, width*4), ("norm and log", "latents and data", max(data, latents), 0)]
-    t = pd.DataFrame(rows, columns=["sum of", "over", "ranks", "bytes"])
-    t.loc[t.index[-1], "bytes"] = (latents > 1)*(4 + 8) + (data > 1)*8*(2*n_models + 2)
-    t.loc[t.ranks < 2, "bytes"] = 0
+    "The sums over ranks of one step: over how many ranks, how many, bytes of the arrays on each, and bytes that a rank sends (a ring: 2(n-1)/n times the array)."
+    width, own, L, P = n_models*d_model, n_latents//latents, latents > 1, data > 1
+    rows = [("scores: three histograms, one bound", "all", data*latents, 4, 3*2048*8 + 4), ("reconstruction", "latents", latents, 1, batch//data*width*4), ("dead counters", "all", data*latents, 1, n_latents*8),
+            ("AuxK: rows, their gradients, loss", "latents", latents, 7, 2*aux_latents*(2*width+1)*4 + 4), ("gradients of the slice", "data", data, 3, own*(2*width+1)*4),
+            ("gradient of b_dec", "data", data, 1, width*4), ("norm and log", "both", max(data, latents), 2*L + P, 12*L + 8*(2*n_models+2)*P)]
+    t = pd.DataFrame(rows, columns=["what", "over", "ranks", "sums", "bytes"])
+    t.loc[t.ranks < 2, ["sums", "bytes"]] = 0
     return t.assign(sent=(2*(t.ranks-1)/t.ranks*t.bytes).astype(int))
 
 def seconds_a_step(batch, n_models, d_model, n_latents, k, aux_latents, data, latents, flops, flops32, memory, node, link, between, wait):
@@ -353,7 +352,7 @@ def seconds_a_step(batch, n_models, d_model, n_latents, k, aux_latents, data, la
     return dict(encoder=2*width*own*b/flops, aux=10*width*aux_latents*b/latents/flops32,
                 sparse=4*k*width*4*b/latents/memory,     # decode and three gradients read a row for each active pair
                 adam=(28 + 8 + 3)*2*width*own/memory,    # Adam reads and writes; gradients written, read for the norm; weights folded for the scan
-                network=float((t.sent/slow.map({True: between, False: link}) + wait*(t.ranks > 1)*3).sum()))
+                network=float((t.sent/slow.map({True: between, False: link}) + wait*t.sums).sum()))
 
 # %% ../nbs/92_parallel.ipynb #c046
 def cluster_cost(layouts=((1, 1), (1, 8), (8, 8), (1, 64)), # replicas x slices, one GPU each

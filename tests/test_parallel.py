@@ -53,7 +53,7 @@ def a_step(mesh):
     far = lambda a, b: float((a-b).abs().max()/b.abs().max())
     cut = lambda n, t: t.chunk(R)[r] if n in parallel.SPLIT else t
     return dict(grads=max(far(q.grad, cut(n, dict(cc.named_parameters())[n].grad)) for n, q in mine.named_parameters()), sums=far(sums, want), threshold=state["threshold"]/one["threshold"]-1,
-                since=bool((state["since"] == one["since"]).all()), dead=int((one["since"] >= 3000).sum()), aux=float(want[-1]), sent=sum(sent), paper=int(traffic(128, 2, 16, 64, 16, P, R).bytes.sum()))
+                since=bool((state["since"] == one["since"]).all()), dead=int((one["since"] >= 3000).sum()), aux=float(want[-1]), sent=[len(sent), sum(sent)], paper=traffic(128, 2, 16, 64, 16, P, R)[["sums", "bytes"]].sum().tolist())
 
 
 def ties(mesh):
@@ -228,6 +228,17 @@ def test_one_sentence_before_the_ranks_meet(tmp_path, monkeypatch, capsys, world
     assert err.startswith("llmdiff: ") and words in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("local,cause,lines", [("0", None, 1), ("3", None, 0), ("3", "memory", 1)])
+def test_who_says_it(monkeypatch, capsys, local, cause, lines):
+    "What all ranks find is said once; what one rank alone has met, by that rank."
+    def work(a):
+        try: 1/(0 if cause else 1)
+        except ZeroDivisionError: raise UserError("too large") from None
+        raise UserError("too large")
+    monkeypatch.setenv("LOCAL_RANK", local); monkeypatch.setattr(parallel, "work", work)
+    assert parallel.main([]) == 1 and capsys.readouterr().err == "llmdiff: too large\n"*lines
+
+
 def test_a_rank_with_other_code_is_named(worlds):
     for (n, rank), out in worlds[1].items():
         assert out["same"] == "rank 1 has another code than rank 0: start all ranks with the same command, from the same code and the same store"
@@ -250,7 +261,7 @@ def test_cost_follows_from_its_constants():
     assert a.loc["1 x 1", "encoder, ms a step"] == pytest.approx(64*a.loc["8 x 8", "encoder, ms a step"]) == pytest.approx(1e3*2*7168*114_688*4096/(.5*790e12))
     assert (b["training, h"] <= a["training, h"]).all() and (b["training, h"] < a["training, h"]).any() and "reading" in set(a.limit) - set(b.limit)
     assert a.loc["8 x 8", "sent, MB a step"] > a.loc["1 x 64", "sent, MB a step"]
-    t = traffic(4096, 2, 3584, 114_688, 256, 1, 8).set_index("sum of")
+    t = traffic(4096, 2, 3584, 114_688, 256, 1, 8).set_index("what")
     assert t.loc["reconstruction", "bytes"] == 4096*7168*4 and t.loc["reconstruction", "sent"] == 2*7*t.loc["reconstruction", "bytes"]//8 and t.loc["gradients of the slice", "bytes"] == 0
 
 
