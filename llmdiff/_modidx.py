@@ -89,6 +89,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llmdiff.caching.residual': ('caching.html#residual', 'llmdiff/caching.py'),
                                  'llmdiff.caching.save_state': ('caching.html#save_state', 'llmdiff/caching.py'),
                                  'llmdiff.caching.sha256': ('caching.html#sha256', 'llmdiff/caching.py'),
+                                 'llmdiff.caching.store_key': ('caching.html#store_key', 'llmdiff/caching.py'),
                                  'llmdiff.caching.stream': ('caching.html#stream', 'llmdiff/caching.py'),
                                  'llmdiff.caching.tap': ('caching.html#tap', 'llmdiff/caching.py'),
                                  'llmdiff.caching.values': ('caching.html#values', 'llmdiff/caching.py'),

@@ -6,8 +6,9 @@
 __all__ = ['FORMAT', 'tap', 'stream', 'residual', 'buckets', 'pad', 'plan_shards', 'check_finite', 'read_part', 'merge_moments',
            'moments', 'pack', 'packed', 'values', 'sha256', 'write_tensors', 'read_tensors', 'columns', 'assemble',
            'rel', 'differs', 'Store', 'check_rows', 'load_state', 'open_state', 'keep_whole', 'whole', 'save_state',
-           'meter', 'release', 'harvest_parts', 'join_parts', 'finish', 'join', 'disk_width', 'harvest', 'plan_pools',
-           'read_blocks', 'batches', 'cut_trunk', 'bench_harvest', 'TokenRows', 'bench_reader', 'norm_table']
+           'meter', 'release', 'harvest_parts', 'join_parts', 'finish', 'join', 'disk_width', 'store_key', 'harvest',
+           'plan_pools', 'read_blocks', 'batches', 'cut_trunk', 'bench_harvest', 'TokenRows', 'bench_reader',
+           'norm_table']
 
 # %% ../nbs/03_caching.ipynb #c002
 import bisect, gc, hashlib, itertools, json, os, re, shutil, sys, time
@@ -415,6 +416,14 @@ def disk_width(n_models, d_model, # of a token on disk at the worst moment
     if store_dtype != "int8": return 12 + 2*n_models*d_model
     return 12 + max(n_models*(d_model + 4), dtype.itemsize*d_model + (n_models - 2)*(d_model + 4))
 
+def store_key(models, docs, layer, dtype, shard_tokens, corpus, store_dtype): # as for `harvest`
+    "What a store is made from, as `differs` compares it, and the width of the models; refuses what cannot be compared."
+    check(store_dtype in FORMAT, f"store_dtype {store_dtype!r} is unknown: {' or '.join(FORMAT)}")
+    info = check_models(models, layer)
+    corpus = corpus or dict(hash=digest([list(map(int, i)) for i in docs.ids], [list(map(bool, k)) for k in docs.keep]))
+    return dict(store_dtype=store_dtype, format=FORMAT[store_dtype], names=list(models), models=dict(zip(info.model, info.weights)), layer=layer, corpus=corpus["hash"],
+                tokenizer=corpus.get("tokenizer"), ctx=corpus.get("ctx"), n_docs=len(docs), dtype=str(pick_dtype(dtype))[6:], shard_tokens=shard_tokens), int(info.d_model[0])
+
 def harvest(models,              # dict name -> spec
             docs,                # the corpus: doc, ids, keep
             layer,               # index of the decoder layer
@@ -430,17 +439,14 @@ def harvest(models,              # dict name -> spec
            )->Store:             # None if others work on it too
     "Read every model at `layer` over the same tokens, one model in memory at a time; continue a killed run; return at once what is whole."
     (rank, world), folder, plan = part, path(folder), plan_shards(docs, shard_tokens)
-    check(store_dtype in FORMAT, f"store_dtype {store_dtype!r} is unknown: {' or '.join(FORMAT)}")
     check(0 <= rank < world, f"part = ({rank}, {world}): the rank must be at least 0 and below {world}")
-    info = check_models(models, layer); d_model, run_dtype = int(info.d_model[0]), pick_dtype(dtype)
-    corpus = corpus or dict(hash=digest([list(map(int, i)) for i in docs.ids], [list(map(bool, k)) for k in docs.keep]))
-    key = dict(store_dtype=store_dtype, format=FORMAT[store_dtype], names=list(models), models=dict(zip(info.model, info.weights)), layer=layer, corpus=corpus["hash"],
-               tokenizer=corpus.get("tokenizer"), ctx=corpus.get("ctx"), n_docs=len(docs), dtype=str(run_dtype)[6:], shard_tokens=shard_tokens)
+    key, d_model = store_key(models, docs, layer, dtype, shard_tokens, corpus, store_dtype)
     state = dict(open_state(folder, key, rebuild, say, part), specs=dict(models), d_model=d_model, n_shards=len(plan))
     todo = [i for i in range(rank, len(plan), world) if _shard(i) not in state["shards"]]
     if not todo and not any(folder.glob("progress*.json")): return Store(folder) if world == 1 else None
     rows = [sum(int(np.sum(k)) for k in docs.keep.iloc[slice(*plan[i])]) for i in todo]
-    check_disk(folder, world*disk_width(len(models), d_model, store_dtype, run_dtype)*(sum(rows) + max(rows, default=0)) - sum(p["bytes"] for p in state["parts"].values()), "the activation store")
+    n_bytes = world*disk_width(len(models), d_model, store_dtype, pick_dtype(dtype))*(sum(rows) + max(rows, default=0))
+    check_disk(folder, n_bytes - sum(p["bytes"] for p in state["parts"].values()), "the activation store")
     save_state(folder, state)
     left = {n: [i for i in todo if f"{n} {i}" not in state["parts"]] for n in models}
     for i in sorted(set(todo).difference(*left.values())): join_parts(i, list(models), docs, plan, state, folder)
