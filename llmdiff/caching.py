@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'tap', 'stream', 'residual', 'buckets', 'pad', 'plan_shards', 'check_finite', 'read_part', 'merge_moments',
-           'moments', 'sha256', 'write_tensors', 'read_tensors', 'assemble', 'rel', 'differs', 'Store', 'open_state',
-           'whole', 'save_state', 'release', 'harvest_parts', 'join_parts', 'finish', 'harvest', 'read_blocks',
-           'batches', 'cut_trunk', 'bench_harvest', 'norm_table']
+           'moments', 'pack', 'packed', 'values', 'sha256', 'write_tensors', 'read_tensors', 'columns', 'assemble',
+           'rel', 'differs', 'Store', 'check_rows', 'load_state', 'open_state', 'keep_whole', 'whole', 'save_state',
+           'meter', 'release', 'harvest_parts', 'join_parts', 'finish', 'join', 'disk_width', 'store_key', 'harvest',
+           'plan_pools', 'read_blocks', 'batches', 'cut_trunk', 'bench_harvest', 'TokenRows', 'bench_reader',
+           'norm_table']
 
 # %% ../nbs/03_caching.ipynb #c002
-import gc, hashlib, itertools, json, os, shutil, time
+import bisect, gc, hashlib, itertools, json, os, re, shutil, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +94,9 @@ def read_part(tapped,       # (nnsight's view, its layers), see `tap`
               layer,        # index of the decoder layer
               docs,         # the documents of one shard
               batch_tokens, # padded tokens of one forward pass
-              what="model"  # named in an error
-             )->dict:       # acts [tokens, d_model] bf16; norm_first [docs], norm_dropped [other tokens] float32
+              what="model", # named in an error
+              keep_as=torch.bfloat16 # dtype of what is returned; None: the model's
+             )->dict:       # acts [tokens, d_model]; norm_first [docs], norm_dropped [other tokens] float32
     "Residual stream of one model over the kept tokens of some documents, in document order."
     (net, layers), ids = tapped, list(docs.ids)
     keep = [torch.tensor(np.asarray(k, dtype=bool)) for k in docs.keep]
@@ -99,7 +105,7 @@ def read_part(tapped,       # (nnsight's view, its layers), see `tap`
         x, mask = (t.to(net.device) for t in pad([ids[i] for i in b]))
         h = residual(net, layers[layer], x, mask)
         check_finite(h, mask, docs.iloc[b], what)
-        h, norm = h.to("cpu", torch.bfloat16), h.float().norm(dim=-1).cpu()
+        h, norm = h.to("cpu", keep_as or h.dtype), h.float().norm(dim=-1).cpu()
         for r, i in enumerate(b):
             n, k = len(ids[i]), keep[i]
             acts[i], first[i], rest[i] = h[r, :n][k], norm[r, 0], norm[r, 1:n][~k[1:]]
@@ -123,6 +129,31 @@ def moments(acts, # [tokens, n_models, d_model]
     return out
 
 # %% ../nbs/03_caching.ipynb #c022
+def pack(x): # [tokens, d_model]
+    "A matrix in int8: `acts`, the step `scale` [tokens], and `centre` and `std` [d_model] of each dimension."
+    n, mean, q = moments(x)
+    centre, std = mean.float(), (q/max(n, 1)).sqrt().float()
+    std = torch.maximum(std, 1e-6*centre.abs()); std[std == 0] = 1          # a dimension that is constant
+    z = (x.float() - centre).div_(std)
+    scale = z.abs().amax(1).clamp_min_(1e-20)/127
+    return dict(acts=z.div_(scale[:, None]).round_().to(torch.int8), scale=scale, centre=centre, std=std)
+
+def packed(first, others): # of one shard: `pack` of the first model, and of each other model minus the first
+    "The activations of an int8 shard: `acts`, `scale` with models as dimension 1; `centre`, `std` as dimension 0."
+    return {k: torch.stack([p[k] for p in (first, *others)], int(k in ("acts", "scale"))) for k in ("acts", "scale", "centre", "std")}
+
+def values(s,    # tensors of a shard
+           a, b, # first and end row
+           idx=None # positions of the models wanted, default all
+          )->torch.Tensor: # [b-a, len(idx), d_model] float32, residual units
+    "Rows of a shard, whatever its format."
+    idx = range(s["acts"].shape[1]) if idx is None else idx
+    if "scale" not in s: return s["acts"][a:b, list(idx)].float()
+    def one(j): return (s["acts"][a:b, j]*s["scale"][a:b, j, None]).mul_(s["std"][j]).add_(s["centre"][j])
+    first = one(0)
+    return torch.stack([first + one(j) if j else first for j in idx], 1)
+
+# %% ../nbs/03_caching.ipynb #c026
 def sha256(file): # a path
     "The sha256 of a file, as `sha256sum` prints it."
     with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -136,20 +167,23 @@ def read_tensors(file): # path
     "The tensors of a safetensors file, mapped from disk and read when touched."
     with safe_open(file, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
 
-def assemble(parts, # list of dicts from `read_part`, one a model
+def columns(docs): # the documents of a shard
+    "Token, position and document of each kept token, int32 [tokens]."
+    keep = [np.flatnonzero(k) for k in docs.keep]
+    col = lambda xs: torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *xs]).astype(np.int32))
+    return dict(token=col([np.asarray(i)[k] for i, k in zip(docs.ids, keep)]), pos=col(keep), doc=col([np.full(len(k), d) for k, d in zip(keep, docs.doc)]))
+
+def assemble(parts, # list of dicts from `read_part`, one a model; for int8 the later ones went through `pack`
              docs   # the documents of the shard
             )->dict:
     "The tensors of one shard."
-    keep = [np.flatnonzero(k) for k in docs.keep]
-    col = lambda xs: torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *xs]).astype(np.int32))
-    acts = torch.stack([p["acts"] for p in parts], 1)
-    n, mean, q = moments(acts)
-    return dict(acts=acts, token=col([np.asarray(i)[k] for i, k in zip(docs.ids, keep)]), pos=col(keep),
-                doc=col([np.full(len(k), d) for k, d in zip(keep, docs.doc)]), mean=mean, q=q,
-                **{k: torch.stack([p[k] for p in parts], 1) for k in ("norm_first", "norm_dropped")})
+    first, *others = parts
+    out = packed(pack(first["acts"]), others) if "scale" in parts[-1] else dict(acts=torch.stack([p["acts"] for p in parts], 1))
+    n, mean, q = reduce(merge_moments, (moments(values(out, a, a + 4096)) for a in range(0, max(1, len(out["acts"])), 4096)))
+    return dict(out, **columns(docs), mean=mean, q=q, **{k: torch.stack([p[k] for p in parts], 1) for k in ("norm_first", "norm_dropped")})
 
-# %% ../nbs/03_caching.ipynb #c025
-FORMAT = 1
+# %% ../nbs/03_caching.ipynb #c029
+FORMAT = dict(bfloat16=1, int8=2) # store_dtype -> format version
 
 def rel(p): # a path
     "A path as printed: relative to the project, if it lies there."
@@ -169,23 +203,23 @@ def differs(have, # what the store records
         else: return f"another {k}" if k in ("corpus", "tokenizer") else f"{k} {h}, and {v} is asked"
     return ""
 
-# %% ../nbs/03_caching.ipynb #c028
+# %% ../nbs/03_caching.ipynb #c032
 class Store:
     "The activations of a run's models at one layer. `.models`, `.n_tokens`, `.n_docs`, `.d_model`, `.mean` [M, d], `.var` [M] (total variance, float64), `.manifest`."
     def __init__(self, folder): # e.g. "runs/small/store"
         self.folder = path(folder)
-        check(not (self.folder/"progress.json").exists(), f"the activation store {rel(self.folder)} is half built: run notebook 03_caching again, it continues")
+        check(not any(self.folder.glob("progress*.json")), f"the activation store {rel(self.folder)} is half built: run notebook 03_caching again, it continues")
         self.manifest = m = json.loads(need(self.folder/"manifest.json", "03_caching").read_text())
-        check(m["format"] == FORMAT, f"the activation store {rel(self.folder)} has format {m['format']}, this version reads {FORMAT}: run notebook 03_caching again")
+        check(m["format"] in FORMAT.values(), f"the activation store {rel(self.folder)} has format {m['format']}, this version reads {', '.join(map(str, FORMAT.values()))}: run notebook 03_caching again")
         self.models, self.n_tokens, self.n_docs, self.d_model = m["names"], m["n_tokens"], m["n_docs"], m["d_model"]
         self.mean, self.var = (np.array(m[k], dtype=np.float64) for k in ("mean", "var"))
         for s in m["shards"]:
             f = self.folder/s["file"]
             check(f.exists() and f.stat().st_size == s["bytes"], f"{rel(f)} is missing or cut short: run notebook 03_caching again, it rebuilds this shard")
-        self._open = {}
+        self.kept_as, self._open = torch.float32 if m["store_dtype"] == "int8" else torch.bfloat16, {}
     def __repr__(self):
         m = self.manifest
-        return f"{len(self.models)} models ({', '.join(self.models)}) x {self.n_tokens:,} tokens x {self.d_model}, layer {m['layer']}, {len(m['shards'])} shards"
+        return f"{len(self.models)} models ({', '.join(self.models)}) x {self.n_tokens:,} tokens x {self.d_model}, layer {m['layer']}, {len(m['shards'])} shards{', int8'*(m['store_dtype'] == 'int8')}"
     def check(self, models=None, layer=None, corpus_hash=None): # dict name -> spec; index; hash
         "Refuse the store, in one sentence, if it was made by other models, at another layer or from another corpus."
         for n in models or (): self.index([n])
@@ -204,7 +238,12 @@ def index(self:Store, pair): # model names, or None for all
     for n in pair or (): check(n in self.models, f"the activation store {rel(self.folder)} has no model {n!r}: it holds {', '.join(self.models)}")
     return [self.models.index(n) for n in pair or self.models]
 
-# %% ../nbs/03_caching.ipynb #c029
+@patch(as_prop=True)
+def hash(self:Store):
+    "Hash of the content."
+    return digest(self.models, [s["sha256"] for s in self.manifest["shards"]])
+
+# %% ../nbs/03_caching.ipynb #c033
 @patch
 def split(self:Store, held=0.1): # share of the documents held out
     "Two ranges of document numbers (first, end): for training, and the last ones, for evaluation."
@@ -224,38 +263,69 @@ def spans(self:Store, docs=None): # (first, end) document numbers, None for all
         if b > a: out.append((i, a, b))
     return out
 
+def check_rows(x,     # [rows, n_models, d_model] as read
+               store, # a Store
+               i, a   # shard, its first row in `x`
+              ):
+    "Refuse NaN and Inf in what was read, naming shard and row."
+    if torch.isfinite(x.sum(dtype=torch.float32)): return
+    bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero()
+    if len(bad): check(False, f"{rel(store.folder/_shard(i))}, row {a + int(bad[0])}: the activations hold NaN or Inf; run notebook 03_caching again, it rebuilds a shard that was damaged")
+
 @patch
 def rows(self:Store, pair=None, docs=None): # two model names, default all models; range of documents
     "Stream the store in order: dicts of acts [tokens, 2 or M, d_model] float32 (residual units), token, pos, doc."
     idx = self.index(pair)
     for i, a, b in self.spans(docs):
-        s = self.shard(i)
-        yield dict(acts=s["acts"][a:b, idx].float(), **{k: s[k][a:b] for k in ("token", "pos", "doc")})
+        s = self.shard(i); x = values(s, a, b, idx)
+        check_rows(x, self, i, a)
+        yield dict(acts=x, **{k: s[k][a:b] for k in ("token", "pos", "doc")})
 
-# %% ../nbs/03_caching.ipynb #c031
+# %% ../nbs/03_caching.ipynb #c035
+def _shard(i): return f"shard_{i:05d}.safetensors"
+def _number(name): return int(re.search(r"(\d+)(\.tmp\d+)?(\.safetensors)?$", name)[1])     # of "B 3" and of "shard_00003.safetensors"
+
+def load_state(file, key): # progress or manifest
+    "What a file says, None if it is not there; one that cannot be read differs in its format."
+    try: return {"store_dtype": "bfloat16", **json.loads(file.read_text())}
+    except json.JSONDecodeError: return dict(key, format="unreadable")
+    except FileNotFoundError: return None
+
 def open_state(folder,  # of the store
                key,     # what is asked, see `differs`
                rebuild, # throw away a store made from other inputs?
-               say      # prints a line
+               say,     # prints a line
+               part=(0, 1) # this process, and how many there are
               )->dict:  # key, parts and shards that are whole
-    "What of an earlier harvest can be kept."
-    f = next((folder/n for n in ("progress.json", "manifest.json") if (folder/n).exists()), None)
-    try: old = json.loads(f.read_text()) if f else {}
-    except json.JSONDecodeError: old = {"format": "unreadable"}
-    d = differs(old, key) if old else ""
-    sentence = f"the activation store {rel(folder)} holds {d}"
-    check(rebuild or not d, f"{sentence}: give rebuild=True to build it again in the same folder")
-    if d: say(f"{sentence}: building it again.")
-    if d or not old:
-        for g in [*folder.glob("*.safetensors"), *folder.glob("*.json")]: g.unlink()
-        shutil.rmtree(folder/"parts", ignore_errors=True)
-        old = {}
-    for g in [*folder.glob(".*.tmp*"), *(folder/"parts").glob(".*.tmp*")]: g.unlink()      # half-written by a killed run
-    state = dict(key, parts=old.get("parts", {}), shards={s["file"]: s for s in old.get("shards", [])})
-    for name, what in (("parts", "part"), ("shards", "shard")):
-        for n, e in list(state[name].items()):
-            if whole(folder/e["file"], e): continue
-            say(f"{what} {n} is missing or fails its checksum: reading it again."); del state[name][n]
+    "What of an earlier harvest this process can keep."
+    rank, world = part
+    names = ["progress.json"] if world == 1 else [f"progress_{r}.json" for r in range(world)]
+    found = {f: s for f in [folder/"manifest.json", *sorted(folder.glob("progress*.json"))] if (s := load_state(f, key))}
+    other = {f: d for f, s in found.items() if (d := differs(s, key))}
+    if other:
+        sentence = f"the activation store {rel(folder)} holds {[*other.values()][-1]}"
+        check(rebuild, f"{sentence}: give rebuild=True to build it again in the same folder")
+        say(f"{sentence}: building it again.")
+    for f in other:
+        if f.name not in names or f.name == names[rank]: f.unlink(missing_ok=True)     # the others' files are theirs to replace
+    state = keep_whole(folder, [s for f, s in found.items() if f not in other], dict(key, parts={}, shards={}, file=names[rank]), say, part)
+    kept = {folder/e["file"] for k in ("parts", "shards") for e in state[k].values()}
+    for f in (f for p in ("shard_*.safetensors", ".shard_*.tmp*", "parts/*.safetensors", "parts/.*.tmp*") for f in folder.glob(p)):
+        if _number(f.name) % world == rank and f not in kept: f.unlink()               # of other inputs, or half-written by a killed run
+    return state
+
+def keep_whole(folder, found, state, say, part): # states of earlier runs; the new one, filled
+    "Put into `state` the parts and shards of this process that are on disk as recorded."
+    rank, world = part
+    for kind in ("shards", "parts"):
+        entries = {}
+        for s in found:
+            for n, e in {x["file"]: x for x in s["shards"]}.items() if kind == "shards" else s.get("parts", {}).items(): entries.setdefault(n, []).append(e)
+        for n, es in entries.items():
+            if _number(n) % world != rank or _shard(_number(n)) in state["shards"]: continue
+            good = next((e for e in es if whole(folder/e["file"], e)), None)
+            if good: state[kind][n] = good
+            else: say(f"{kind[:-1]} {n} is missing or fails its checksum: reading it again.")
     return state
 
 def whole(file, entry): # path; its recorded bytes and sha256
@@ -263,27 +333,41 @@ def whole(file, entry): # path; its recorded bytes and sha256
     return file.exists() and file.stat().st_size == entry["bytes"] and sha256(file) == entry["sha256"]
 
 def save_state(folder, state):
-    "Write `progress.json`; while it exists, the store is not complete."
-    write_json(folder/"progress.json", {**state, "shards": list(state["shards"].values())})
+    "Write the progress file; while there is one, the store is not complete."
+    write_json(folder/state["file"], {**state, "shards": list(state["shards"].values())})
 
-# %% ../nbs/03_caching.ipynb #c033
-def _shard(i): return f"shard_{i:05d}.safetensors"
+# %% ../nbs/03_caching.ipynb #c037
+def meter(total, # tokens to do
+          what): # named in the line
+    "A function to call with the number of tokens just done; keeps one line of progress, speed and time left."
+    start, file, s = time.monotonic(), os.environ.get("LLMDIFF_PROGRESS"), dict(done=0, shown=0.)
+    def tick(n):
+        s["done"] += n; took, end = time.monotonic() - start, s["done"] >= total
+        if took - s["shown"] < 1 and not end: return
+        s["shown"], speed = took, s["done"]/max(took, 1e-9)
+        line = f"{what}: {s['done']:,} of {total:,} tokens, {speed:,.0f} tokens/s, {timedelta(seconds=round((total - s['done'])/speed))} left"
+        if file: Path(file).unlink(missing_ok=True) if end else Path(file).write_text(line)
+        elif sys.stderr.isatty(): print(f"\r\x1b[2K{'' if end else line}", end="", file=sys.stderr, flush=True)
+    return tick
 
 def release():
     "Free the memory of models that nothing names any more (they hold references in circles)."
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-def harvest_parts(name, spec, docs, plan, todo, state, folder, batch_tokens, say):
-    "Load one model, read the shards `todo`, write its parts."
-    model = load_model(spec, state["dtype"])
+def harvest_parts(name, spec, docs, plan, todo, state, folder, batch_tokens, say, tick):
+    "Load one model, read the shards `todo`, write its parts; put together the shards that are then complete."
+    model, names, int8 = load_model(spec, state["dtype"]), state["names"], state["store_dtype"] == "int8"
     tapped, t0, n = tap(model), time.perf_counter(), 0
     for i in todo:
-        part = read_part(tapped, state["layer"], docs.iloc[slice(*plan[i])], batch_tokens, f"model {name}, shard {i}")
+        d = docs.iloc[slice(*plan[i])]
+        part = read_part(tapped, state["layer"], d, batch_tokens, f"model {name}, shard {i}", None if int8 else torch.bfloat16)
+        if int8 and name != names[0]: part |= pack(part["acts"].float() - read_tensors(folder/state["parts"][f"{names[0]} {i}"]["file"])["acts"].float())
         file = f"parts/{name}_{i:05d}.safetensors"
         state["parts"][f"{name} {i}"] = dict(file=file, **write_tensors(folder/file, part))
         save_state(folder, state)
-        n += sum(map(len, docs.ids.iloc[slice(*plan[i])]))
+        if all(f"{m} {i}" in state["parts"] for m in names): join_parts(i, names, docs, plan, state, folder)
+        n += sum(map(len, d.ids)); tick(sum(map(len, d.ids)))
     say(f"{name}: {n:,} tokens in {len(todo)} shard{'s'*(len(todo) > 1)}, {n/(time.perf_counter() - t0):,.0f} tokens/s")
 
 def join_parts(i, names, docs, plan, state, folder):
@@ -304,12 +388,42 @@ def finish(folder, state, specs, d_model): # -> Store
     for s in shards:
         with safe_open(folder/s["file"], "pt") as f: total = merge_moments(total, (s["rows"], f.get_tensor("mean"), f.get_tensor("q")))
     n, mean, q = total
-    write_json(folder/"manifest.json", {**{k: v for k, v in state.items() if k != "parts"}, "shards": shards, "specs": specs, "d_model": d_model, "n_tokens": n,
-                                        "store_dtype": "bfloat16", "mean": mean.tolist(), "var": (q.sum(1)/n).tolist()})
-    (folder/"progress.json").unlink(missing_ok=True); shutil.rmtree(folder/"parts", ignore_errors=True)
+    write_json(folder/"manifest.json", {"store_dtype": "bfloat16", **{k: v for k, v in state.items() if k not in ("parts", "file", "n_shards")}, "shards": shards, "specs": specs,
+                                        "d_model": d_model, "n_tokens": n, "mean": mean.tolist(), "var": (q.sum(1)/n).tolist()})
+    for f in [*folder.glob("progress*.json"), *folder.glob(".*.tmp*")]: f.unlink()
+    shutil.rmtree(folder/"parts", ignore_errors=True)
     return Store(folder)
 
-# %% ../nbs/03_caching.ipynb #c034
+def join(folder): # of a store that several processes have harvested
+    "When all processes are done: the manifest from what each has left. One sentence if a shard is still missing."
+    folder = path(folder); files = sorted(folder.glob("progress*.json"))
+    if not files: return Store(folder)
+    states = [json.loads(f.read_text()) for f in [folder/"manifest.json", *files] if f.exists()]
+    last, key = states[-1], [k for k in states[-1] if k not in ("parts", "shards", "file", "specs")]
+    d = next((d for s in states if (d := differs({**last, **s}, {k: last[k] for k in key}))), "")
+    check(not d, f"the processes that harvest into {rel(folder)} were asked for different things ({d}): start all of them again, with rebuild=True")
+    shards = {}
+    for e in (e for s in states for e in s["shards"]):                # where two files tell of one shard, the one that is right
+        if shards.setdefault(e["file"], e) != e and whole(folder/e["file"], e): shards[e["file"]] = e
+    missing = [i for i in range(last["n_shards"]) if _shard(i) not in shards]
+    check(not missing, f"the activation store {rel(folder)} lacks {'shards' if missing[1:] else 'shard'} {', '.join(map(str, missing[:9]))}: a process of the harvest has not finished, start it again")
+    return finish(folder, dict(last, shards=shards), last["specs"], last["d_model"])
+
+# %% ../nbs/03_caching.ipynb #c038
+def disk_width(n_models, d_model, # of a token on disk at the worst moment
+               store_dtype, dtype)->int: # bytes
+    "Bytes a token takes: in int8 the first model is there in full until its differences are, then all are packed."
+    if store_dtype != "int8": return 12 + 2*n_models*d_model
+    return 12 + max(n_models*(d_model + 4), dtype.itemsize*d_model + (n_models - 2)*(d_model + 4))
+
+def store_key(models, docs, layer, dtype, shard_tokens, corpus, store_dtype): # as for `harvest`
+    "What a store is made from, as `differs` compares it, and the width of the models; refuses what cannot be compared."
+    check(store_dtype in FORMAT, f"store_dtype {store_dtype!r} is unknown: {' or '.join(FORMAT)}")
+    info = check_models(models, layer)
+    corpus = corpus or dict(hash=digest([list(map(int, i)) for i in docs.ids], [list(map(bool, k)) for k in docs.keep]))
+    return dict(store_dtype=store_dtype, format=FORMAT[store_dtype], names=list(models), models=dict(zip(info.model, info.weights)), layer=layer, corpus=corpus["hash"],
+                tokenizer=corpus.get("tokenizer"), ctx=corpus.get("ctx"), n_docs=len(docs), dtype=str(pick_dtype(dtype))[6:], shard_tokens=shard_tokens), int(info.d_model[0])
+
 def harvest(models,              # dict name -> spec
             docs,                # the corpus: doc, ids, keep
             layer,               # index of the decoder layer
@@ -319,33 +433,47 @@ def harvest(models,              # dict name -> spec
             shard_tokens=16384,  # kept tokens of one shard, about
             corpus=None,         # the corpus manifest (hash, tokenizer, ctx); default: a hash of token ids and keep mask
             rebuild=False,       # build again when the inputs have changed?
-            say=print            # prints a line
-           )->Store:
+            say=print,           # prints a line
+            store_dtype="bfloat16", # on disk: "bfloat16" or "int8"
+            part=(0, 1)          # (rank, world): this process makes every world-th shard, and `join` ends it
+           )->Store:             # None if others work on it too
     "Read every model at `layer` over the same tokens, one model in memory at a time; continue a killed run; return at once what is whole."
-    folder, plan = path(folder), plan_shards(docs, shard_tokens)
-    info = check_models(models, layer)
-    corpus = corpus or dict(hash=digest([list(map(int, i)) for i in docs.ids], [list(map(bool, k)) for k in docs.keep]))
-    key = dict(format=FORMAT, names=list(models), models=dict(zip(info.model, info.weights)), layer=layer, corpus=corpus["hash"],
-               tokenizer=corpus.get("tokenizer"), ctx=corpus.get("ctx"), n_docs=len(docs), dtype=str(pick_dtype(dtype))[6:], shard_tokens=shard_tokens)
-    state = open_state(folder, key, rebuild, say)
-    todo = [i for i in range(len(plan)) if _shard(i) not in state["shards"]]
-    if not todo and not (folder/"progress.json").exists(): return Store(folder)
-    rows, width = [sum(int(np.sum(k)) for k in docs.keep.iloc[slice(*plan[i])]) for i in todo], len(models)*int(info.d_model[0])*2 + 12
-    check_disk(folder, width*(sum(rows) + max(rows, default=0)) - sum(p["bytes"] for p in state["parts"].values()), "the activation store")
-    save_state(folder, state); (folder/"manifest.json").unlink(missing_ok=True)
+    (rank, world), folder, plan = part, path(folder), plan_shards(docs, shard_tokens)
+    check(0 <= rank < world, f"part = ({rank}, {world}): the rank must be at least 0 and below {world}")
+    key, d_model = store_key(models, docs, layer, dtype, shard_tokens, corpus, store_dtype)
+    state = dict(open_state(folder, key, rebuild, say, part), specs=dict(models), d_model=d_model, n_shards=len(plan))
+    todo = [i for i in range(rank, len(plan), world) if _shard(i) not in state["shards"]]
+    if not todo and not any(folder.glob("progress*.json")): return Store(folder) if world == 1 else None
+    rows = [sum(int(np.sum(k)) for k in docs.keep.iloc[slice(*plan[i])]) for i in todo]
+    n_bytes = world*disk_width(len(models), d_model, store_dtype, pick_dtype(dtype))*(sum(rows) + max(rows, default=0))
+    check_disk(folder, n_bytes - sum(p["bytes"] for p in state["parts"].values()), "the activation store")
+    save_state(folder, state)
+    left = {n: [i for i in todo if f"{n} {i}" not in state["parts"]] for n in models}
+    for i in sorted(set(todo).difference(*left.values())): join_parts(i, list(models), docs, plan, state, folder)
+    tick = meter(sum(sum(map(len, docs.ids.iloc[slice(*plan[i])])) for l in left.values() for i in l), "activations")
     for name, spec in models.items():
-        left = [i for i in todo if f"{name} {i}" not in state["parts"]]
-        if left: harvest_parts(name, spec, docs, plan, left, state, folder, batch_tokens, say); release()
-    for i in todo: join_parts(i, list(models), docs, plan, state, folder)
-    return finish(folder, state, dict(models), int(info.d_model[0]))
+        if left[name]: harvest_parts(name, spec, docs, plan, left[name], state, folder, batch_tokens, say, tick); release()
+    return join(folder) if world == 1 else None
 
-# %% ../nbs/03_caching.ipynb #c042
-def read_blocks(store, blocks, idx, out): # list of (shard, first, end); positions of the models; [rows or more, len(idx), d_model] bf16, filled
-    "Copy the rows of some blocks into `out`."
+# %% ../nbs/03_caching.ipynb #c048
+def plan_pools(store, docs, seed, block, pool): # as for `batches`
+    "Endless: the blocks (shard, first, end) of each pool, and the seed of the order of its rows."
+    blocks = [(i, a, min(a + block, e)) for i, s, e in store.spans(docs) for a in range(s, e, block)]
+    check(blocks, f"the activation store {rel(store.folder)} has no token in documents {docs}")
+    n_pools = -(-len(blocks)*block//pool)
+    for epoch in itertools.count():
+        order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
+        for p, group in enumerate(np.array_split(order, n_pools)): yield [blocks[i] for i in group], [seed, epoch, p]
+
+def read_blocks(store, blocks, idx, out): # list of (shard, first, end); positions of the models; [rows or more, len(idx), d_model], filled
+    "Copy the rows of some blocks into `out`; refuse NaN and Inf."
     n = 0
     for i, a, b in blocks:
-        for j, m in enumerate(idx): out[n:n+b-a, j] = store.shard(i)["acts"][a:b, m]
-        n += b - a
+        s, to = store.shard(i), out[n:n+b-a]
+        if "scale" in s: to.copy_(values(s, a, b, idx))
+        else:
+            for j, m in enumerate(idx): to[:, j] = s["acts"][a:b, m]
+        check_rows(to, store, i, a); n += b - a
 
 def batches(store,       # a Store
             pair,        # two model names, reference first
@@ -357,27 +485,32 @@ def batches(store,       # a Store
             block=256,   # consecutive rows that are read together
             pool=32768   # rows that are permuted together
            ):            # -> iterator of [batch, 2, d_model] float32, residual units
-    "Shuffled batches of activations, the same ones for the same seed."
-    idx = store.index(pair)
-    blocks = [(i, a, min(a + block, e)) for i, s, e in store.spans(docs) for a in range(s, e, block)]
-    check(blocks, f"the activation store {rel(store.folder)} has no token in documents {docs}")
-    skip, left, n_pools = start*batch, n_tokens//batch - start, -(-len(blocks)*block//pool)
-    buf = torch.empty(batch + -(-len(blocks)//n_pools)*block, len(idx), store.d_model, dtype=torch.bfloat16)     # leftover rows, then the pool
-    row, over = torch.empty(batch, *buf.shape[1:], dtype=torch.bfloat16), 0
-    for epoch in itertools.count():
-        order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
-        for p, group in enumerate(np.array_split(order, n_pools)):
-            chosen = [blocks[i] for i in group]; size = sum(b - a for _, a, b in chosen)
-            if left <= 0: return
-            if skip >= size: skip -= size; continue
-            read_blocks(store, chosen, idx, buf[over:])
-            perm = np.random.default_rng([seed, epoch, p]).permutation(size)[skip:]
-            rows, skip = torch.from_numpy(np.concatenate([np.arange(over), over + perm])), 0
-            for r in rows.split(batch)[:min(left, len(rows)//batch)]: yield torch.index_select(buf, 0, r, out=row).float(); left -= 1
-            rest = rows[len(rows) - len(rows) % batch:]; over = len(rest)
-            buf[:over] = buf[rest]
+    "Shuffled batches of activations, the same ones for the same seed; a thread reads one pool ahead."
+    idx, left = store.index(pair), n_tokens//batch - start
+    def needed(skip=start*batch): # the pools from the one that holds batch `start`, and the order of their rows
+        for blocks, key in plan_pools(store, docs, seed, block, pool):
+            size = sum(b - a for _, a, b in blocks)
+            if skip < size: yield blocks, torch.from_numpy(np.random.default_rng(key).permutation(size)[skip:])
+            skip = max(0, skip - size)
+    def fill(buf, blocks, rows): # the first `batch` rows are kept free for what the pool before leaves over
+        size = sum(b - a for _, a, b in blocks)
+        if buf is None or len(buf) < batch + size: buf = torch.empty(batch + size, len(idx), store.d_model, dtype=store.kept_as)
+        read_blocks(store, blocks, idx, buf[batch:]); return buf, rows
+    pools, spare, rest = needed(), None, torch.empty(0)
+    with ThreadPoolExecutor(1) as thread:
+        job = thread.submit(fill, None, *next(pools)) if left > 0 else None
+        while left > 0:
+            buf, rows = job.result()
+            rows = torch.cat([torch.arange(batch - len(rest), batch), batch + rows])
+            if len(rest): buf[batch - len(rest):batch] = rest
+            if len(rows)//batch < left: job = thread.submit(fill, spare, *next(pools))
+            n = min(left, len(rows)//batch); left -= n
+            for i in range(n): yield buf.index_select(0, rows[i*batch:(i+1)*batch]).float()
+            spare, rest = buf, buf[rows[n*batch:]]
 
-# %% ../nbs/03_caching.ipynb #c045
+Store.batches = batches
+
+# %% ../nbs/03_caching.ipynb #c051
 @contextmanager
 def cut_trunk(model, layer): # a causal LM; index of the last layer to keep
     "The model's trunk with the layers above `layer` taken out for the time of the block."
@@ -404,7 +537,40 @@ def bench_harvest(model, docs, layer, batch_tokens=2048, repeats=6): # -> dict w
     print(f"bare loop {out['bare']:,.0f} tokens/s, harvest {out['harvest']:,.0f}, ratio {out['ratio']:.2f}")
     return out
 
-# %% ../nbs/03_caching.ipynb #c047
+class TokenRows(torch.utils.data.Dataset):
+    "The store as others read it: one token at a time."
+    def __init__(self, store, idx): self.store, self.idx, self.first = store, idx, [0, *itertools.accumulate(s["rows"] for s in store.manifest["shards"])]
+    def __len__(self): return self.first[-1]
+    def __getitem__(self, r):
+        i = bisect.bisect_right(self.first, r) - 1; r -= self.first[i]; s = self.store.shard(i)
+        return values(s, r, r + 1, self.idx)[0] if "scale" in s else s["acts"][r, self.idx].float()
+
+def bench_reader(store,          # a Store
+                 pair=None,      # two model names, default the first two
+                 batch=2048,     # tokens
+                 n_tokens=8192,  # that the loader reads; the others read the store once
+                 repeats=3)->dict: # tokens/s of reader, loader and copy; reader/loader; reader/copy
+    "Speed of `batches` against a DataLoader with one item a token, and against a plain copy of the same bytes; best of `repeats`."
+    pair = pair or store.models[:2]; idx, n = store.index(pair), max(1, store.n_tokens//batch)*batch
+    tokens, given = TokenRows(store, idx), dict(reader=n, loader=max(batch, min(n_tokens, n)//batch*batch), copy=n)
+    item = 1 if store.manifest["store_dtype"] == "int8" else 2
+    src = torch.ones(n*len(idx)*store.d_model*item, dtype=torch.uint8); dst = torch.empty_like(src)
+    def loader():
+        order = torch.utils.data.RandomSampler(tokens, num_samples=given["loader"], generator=torch.Generator().manual_seed(0))
+        for _ in torch.utils.data.DataLoader(tokens, batch, sampler=order): pass
+    def reader():
+        for _ in store.batches(pair, batch, n, 0): pass
+    ways, times = dict(reader=reader, loader=loader, copy=lambda: dst.copy_(src)), {k: [] for k in given}
+    for _ in range(repeats):
+        for k, f in ways.items(): t0 = time.perf_counter(); f(); times[k].append(time.perf_counter() - t0)
+    out = {k: given[k]/min(t) for k, t in times.items()}
+    out |= dict(ratio=out["reader"]/out["loader"], of_copy=out["reader"]/out["copy"])
+    print(f"reader {out['reader']:,.0f} tokens/s, {out['ratio']:.0f} times a loader of single tokens; a copy of the same bytes is {1/out['of_copy']:.1f} times as fast")
+    return out
+
+
+
+# %% ../nbs/03_caching.ipynb #c053
 def norm_table(store,           # a Store
                max_rows=100_000 # kept tokens to look at, from the front
               )->pd.DataFrame:  # one row a model and kind of token
@@ -414,7 +580,8 @@ def norm_table(store,           # a Store
     for i in range(len(store.manifest["shards"])):
         if n >= max_rows: break
         s = store.shard(i); n += len(s["doc"])
-        for k, v in zip(kinds, (torch.cat([x.float().norm(dim=-1) for x in s["acts"].split(4096)]), s["norm_first"], s["norm_dropped"])): kinds[k].append(v.double().numpy())
+        kept = torch.cat([values(s, a, a + 4096).norm(dim=-1) for a in range(0, len(s["doc"]), 4096)])
+        for k, v in zip(kinds, (kept, s["norm_first"], s["norm_dropped"])): kinds[k].append(v.double().numpy())
     kinds = {k: np.concatenate(v) for k, v in kinds.items()}                         # each [tokens, n_models]
     total, count = sum((v**2).sum(0) for v in kinds.values()), sum(map(len, kinds.values()))
     return pd.DataFrame([dict(model=m, tokens=k, count=len(v), **{f"{q}%": np.quantile(v[:, j], q/100) for q in (5, 50, 95)}, max=v[:, j].max(),

@@ -1,5 +1,5 @@
 """The activation store: right numbers, killed runs, broken files, changed inputs, order of batches."""
-import json, shutil, signal, subprocess, sys
+import itertools, json, shutil, signal, subprocess, sys, threading, time
 from collections import namedtuple
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest, torch, transformers
 from tokenizers import Tokenizer, models as tm
 
 from llmdiff import caching
-from llmdiff.caching import Store, batches, bench_harvest, buckets, harvest, norm_table, pad, residual, stream, tap
+from llmdiff.caching import Store, batches, bench_harvest, bench_reader, buckets, disk_width, harvest, join, meter, norm_table, pack, packed, pad, residual, stream, tap, values
 from llmdiff.core import UserError
 from llmdiff.models import layers_of
 
@@ -54,6 +54,13 @@ def whole(family, docs, tmp_path_factory):
     "A store that nothing happened to; tests copy it before they harm it."
     d = tmp_path_factory.mktemp("whole")/"store"
     harvest(family, docs, 1, d, dtype="float32", shard_tokens=100, batch_tokens=64, say=lambda s: None)
+    return d
+
+@pytest.fixture(scope="session")
+def whole8(family, docs, tmp_path_factory):
+    "The same in int8."
+    d = tmp_path_factory.mktemp("whole8")/"store"
+    harvest(family, docs, 1, d, dtype="float32", shard_tokens=100, batch_tokens=64, say=lambda s: None, store_dtype="int8")
     return d
 
 
@@ -199,6 +206,146 @@ def test_a_whole_store_is_not_read_again(args, whole, monkeypatch):
     harvest(**args)
 
 
+# ---- killed at any moment, and several processes
+
+FORKS = """
+import json, os, random, signal, sys, time, traceback, pandas as pd, torch
+torch.set_num_threads(1)
+import transformers.models.llama.modeling_llama
+from llmdiff import caching
+a = json.load(open(sys.argv[1])); docs = pd.read_json(a["docs"]); r = random.Random(a["seed"])
+def start(folder, **kw):
+    if pid := os.fork(): return pid
+    try: caching.harvest(a["models"], docs, 1, folder, dtype="float32", shard_tokens=100, batch_tokens=64, say=lambda s: None, **kw); os._exit(0)
+    except BaseException: traceback.print_exc(); os._exit(1)
+def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+t = time.monotonic(); assert end(start(a["folder"] + "_undisturbed")) == 0; took = time.monotonic() - t
+world, killed = a["world"], 0
+for n in range(a["kills"]):
+    pids = [start(a["folder"], **dict(part=(i, world)) if world > 1 else {}) for i in range(world)]
+    time.sleep(r.random()*took*.5/world); victim = pids[n % world]
+    os.kill(victim, signal.SIGKILL); codes = [end(p) for p in pids]; killed += codes.count(-signal.SIGKILL)
+    assert set(codes) <= {0, -signal.SIGKILL}, codes
+codes = [end(p) for p in [start(a["folder"], **dict(part=(i, world)) if world > 1 else {}) for i in range(world)]]
+assert set(codes) == {0}, codes
+print(killed)
+"""
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(docs, family, whole, tmp_path, world):
+    docs.to_json(tmp_path/"docs.json")
+    (tmp_path/"a.json").write_text(json.dumps(dict(models=family, docs=str(tmp_path/"docs.json"), folder=str(tmp_path/"store"), kills=6, seed=world, world=world)))
+    r = subprocess.run([sys.executable, "-c", FORKS, tmp_path/"a.json"], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    assert int(r.stdout) >= 1, "no run was killed before its end"
+    if world > 1: join(tmp_path/"store")
+    assert files(tmp_path/"store") == files(whole) == files(tmp_path/"store_undisturbed")
+
+@pytest.mark.parametrize("world,dtype", [(2, "bfloat16"), (3, "bfloat16"), (2, "int8")])
+def test_several_processes_leave_the_bytes_of_one(args, whole, whole8, world, dtype):
+    for r in reversed(range(world)):
+        assert harvest(**args, part=(r, world), store_dtype=dtype) is None
+        with pytest.raises(UserError, match="lacks shards 0, " if r else "half built"): join(args["folder"]) if r else Store(args["folder"])
+    join(args["folder"]); one = whole8 if dtype == "int8" else whole
+    assert files(args["folder"]) == files(one) and Store(args["folder"]).hash == Store(one).hash
+    assert join(args["folder"]).n_tokens == Store(whole).n_tokens                                 # again: nothing to do
+    harvest(**args, part=(0, world), store_dtype=dtype); assert files(args["folder"]) == files(one)
+
+def test_another_number_of_processes_continues(args, whole, monkeypatch):
+    real = caching.load_model; loaded = []
+    monkeypatch.setattr(caching, "load_model", lambda *a: loaded.append(a[0]) or real(*a))
+    harvest(**args, part=(1, 3)); harvest(**args, part=(2, 3)); n = len(loaded)
+    harvest(**args, part=(1, 2))                                                                  # of its shards 1, 3, 5, only 3 is missing
+    assert len(loaded) == n + 3
+    harvest(**args)
+    assert files(args["folder"]) == files(whole)
+
+def test_processes_that_were_asked_for_different_things(args, family):
+    harvest(**args, part=(0, 2))
+    with pytest.raises(UserError, match="layer 1, and 2 is asked.*rebuild=True"): harvest(**{**args, "layer": 2}, part=(1, 2))
+    harvest(**{**args, "layer": 2}, part=(1, 2), rebuild=True)
+    with pytest.raises(UserError, match="asked for different things.*layer"): join(args["folder"])
+    with pytest.raises(UserError, match="below 2"): harvest(**args, part=(2, 2))
+
+def test_a_rebuild_by_several_processes(args, whole, docs):
+    harvest(**{**args, "docs": docs[:29], "shard_tokens": 50})                                    # other shards in the folder, and more of them
+    with pytest.raises(UserError, match="rebuild=True"): harvest(**args, part=(1, 2))
+    for r in (1, 0): harvest(**args, part=(r, 2), rebuild=True)
+    join(args["folder"]); assert files(args["folder"]) == files(whole)
+
+def test_a_bad_shard_is_rebuilt_by_its_process(args, whole):
+    shutil.copytree(whole, args["folder"])
+    f = args["folder"]/"shard_00002.safetensors"; raw = bytearray(f.read_bytes()); raw[-1] ^= 1; f.write_bytes(raw)
+    said = []
+    for r in (0, 1): harvest(**{**args, "say": said.append}, part=(r, 2))
+    assert "shard_00002" in said[0] and len(said) == 4
+    join(args["folder"]); assert files(args["folder"]) == files(whole)
+
+
+# ---- int8
+
+def test_int8_keeps_models_and_difference(whole, whole8):
+    a, b = (torch.cat([r["acts"] for r in Store(d).rows()]) for d in (whole, whole8))
+    off = lambda x, y: (x - y).norm()/(y - y.mean(0)).norm()
+    assert a.shape == b.shape and b.dtype == torch.float32
+    for m in range(3): assert off(b[:, m], a[:, m]) < .02
+    assert off(b[:, 2] - b[:, 0], a[:, 2] - a[:, 0]) < .02
+    s = Store(whole8); x = b.double()
+    assert np.allclose(s.mean, x.mean(0), atol=1e-12) and np.allclose(s.var, x.var(0, correction=0).sum(1), rtol=1e-12)      # of what reading gives
+    assert torch.equal(torch.cat([r["acts"] for r in s.rows(["C", "A"])]), b[:, [2, 0]])
+    assert ["int8" in repr(Store(d)) for d in (whole, whole8)] == [False, True]
+    assert len(norm_table(s)) == len(norm_table(Store(whole)))
+
+def test_int8_with_large_dimensions_and_with_none_that_varies():
+    g = torch.Generator().manual_seed(0); x = torch.randn(500, 40, generator=g); x[:, :3] = 1000 + 60*x[:, :3]; x[:, 5] = 7.; x[:, 6] = 0.
+    y = values(packed(pack(x), []), 0, 500)[:, 0]
+    assert (y - x)[:, 7:].norm()/x[:, 7:].norm() < .02 and (y - x)[:, :3].abs().max() < 4
+    assert torch.allclose(y[:, 5:7], x[:, 5:7], atol=1e-5)
+    assert torch.equal(values(packed(pack(x[:1]), []), 0, 1)[:, 0], x[:1]) and values(packed(pack(x[:0]), []), 0, 0).shape == (0, 1, 40)
+
+def test_int8_takes_half_the_disk_and_says_so_before(args, whole, whole8, docs, monkeypatch):
+    acts = lambda d: sum(t.numel()*t.element_size() for i in range(len(Store(d).manifest["shards"])) for k, t in Store(d).shard(i).items() if k in ("acts", "scale"))
+    assert acts(whole8)/acts(whole) == pytest.approx((32 + 4)/64)
+    assert disk_width(2, 3584, "int8", torch.bfloat16)/disk_width(2, 3584, "bfloat16", torch.bfloat16) < .51
+    no_loading(monkeypatch)
+    n = Store(whole).n_tokens; monkeypatch.setattr(shutil, "disk_usage", lambda p: namedtuple("u", "total used free")(10**9, 0, n*disk_width(3, 32, "bfloat16", torch.bfloat16)))
+    with pytest.raises(UserError, match="needs .* GB is free"): harvest(**args)
+    with pytest.raises(pytest.fail.Exception, match="loaded a model"): harvest(**{**args, "dtype": "bfloat16"}, store_dtype="int8")       # enough for int8
+
+def test_the_disk_never_holds_more_than_was_said(args, whole8, monkeypatch):
+    "Measured at every write, for parts and shards together."
+    real, most = caching.write_tensors, []
+    def write(*a):
+        e = real(*a); most.append(sum(f.stat().st_size for f in args["folder"].rglob("*.safetensors"))); return e
+    monkeypatch.setattr(caching, "write_tensors", write)
+    for kind in ("bfloat16", "int8"):
+        most.clear(); s = harvest(**{**args, "folder": args["folder"]}, store_dtype=kind, rebuild=True)
+        rows = [x["rows"] for x in s.manifest["shards"]]
+        head = 3000*len(rows)*4                                                                   # headers, moments and norms, which matter in a toy alone
+        assert max(most) <= disk_width(3, 32, kind, torch.float32)*(s.n_tokens + max(rows)) + head
+
+@pytest.mark.parametrize("kill_at", [0, 1, 7, 9, 13])
+def test_int8_interrupted_and_continued(args, whole8, monkeypatch, kill_at):
+    real, count = caching.write_tensors, [0]
+    def write(*a):
+        count[0] += 1
+        if count[0] > kill_at: raise KeyboardInterrupt
+        return real(*a)
+    monkeypatch.setattr(caching, "write_tensors", write)
+    with pytest.raises(KeyboardInterrupt): harvest(**args, store_dtype="int8")
+    monkeypatch.setattr(caching, "write_tensors", real)
+    harvest(**args, store_dtype="int8")
+    assert files(args["folder"]) == files(whole8)
+
+def test_formats_are_told_apart(args, whole, whole8):
+    shutil.copytree(whole8, args["folder"])
+    with pytest.raises(UserError, match="store_dtype int8, and bfloat16 is asked"): harvest(**args)
+    with pytest.raises(UserError, match="store_dtype 'fp8' is unknown: bfloat16 or int8"): harvest(**args, store_dtype="fp8")
+    f = args["folder"]/"manifest.json"; m = json.loads(f.read_text()); assert m["format"] == 2 and json.loads((whole/"manifest.json").read_text())["format"] == 1
+    f.write_text(json.dumps({**m, "format": 3}))
+    with pytest.raises(UserError, match="format 3, this version reads 1, 2"): Store(args["folder"])
+
+
 # ---- changed inputs
 
 def test_a_changed_model_is_refused_or_rebuilt_when_told(args, whole, family, tmp_path):
@@ -298,6 +445,79 @@ def test_batches_larger_than_the_store_are_filled_from_several_epochs(whole):
     s = Store(whole); x = next(batches(s, ["A", "B"], 3*s.n_tokens, 3*s.n_tokens, 0))
     assert torch.allclose(x.sum(0), 3*torch.cat([r["acts"] for r in s.rows(["A", "B"])]).sum(0), atol=1e-2)
 
+@pytest.mark.parametrize("size,start,held", [(32, 0, False), (32, 13, True), (5, 100, False), (700, 1, False)])
+def test_batches_are_those_of_the_plain_reading(whole, size, start, held):
+    "No thread, no buffer: every pool read whole, its rows permuted, one row after the other."
+    s = Store(whole); kw = dict(docs=s.split()[0] if held else None, block=8, pool=64)
+    def rows():
+        for blocks, key in caching.plan_pools(s, kw["docs"], 3, 8, 64):
+            x = torch.cat([s.shard(i)["acts"][a:b, [2, 1]] for i, a, b in blocks]).float()
+            yield from x[torch.from_numpy(np.random.default_rng(key).permutation(len(x)))]
+    want = torch.stack(list(itertools.islice(rows(), start*size, 2100//size*size)))
+    assert torch.equal(torch.cat(list(batches(s, ["C", "B"], size, 2100, 3, start=start, **kw))), want)
+
+def test_int8_batches_are_the_rows_in_the_same_order(whole, whole8):
+    a, b = every(Store(whole)), every(Store(whole8))
+    assert all(x.dtype == torch.float32 and (x - y).norm() < .03*x.norm() for x, y in zip(a, b, strict=True))
+    rows = {tuple(r.tolist()) for x in Store(whole8).rows(["A", "C"]) for r in x["acts"].flatten(1)}
+    assert {tuple(r.tolist()) for x in b for r in x.flatten(1)} <= rows
+
+def test_one_pool_is_read_ahead_and_no_more(whole, monkeypatch):
+    real, read = caching.read_blocks, []
+    monkeypatch.setattr(caching, "read_blocks", lambda *a: read.append(threading.current_thread()) or real(*a))
+    it = batches(Store(whole), ["A", "C"], 32, 1000, 0, block=8, pool=64); next(it); time.sleep(.2)
+    assert len(read) == 2 and threading.main_thread() not in read
+    it.close()
+    assert not any(t.is_alive() for t in read)
+    list(batches(Store(whole), ["A", "C"], 32, 64, 0, block=8, pool=64)); assert len(read) <= 5   # 64 rows are in two pools or three: none is read for nothing
+
+def test_an_error_of_the_thread_is_the_callers(whole, monkeypatch):
+    real, n = caching.read_blocks, []
+    def read(*a):
+        n.append(threading.current_thread())
+        if len(n) == 3: raise OSError("disk gone")
+        return real(*a)
+    monkeypatch.setattr(caching, "read_blocks", read)
+    got = []
+    with pytest.raises(OSError, match="disk gone"):
+        for x in batches(Store(whole), ["A", "C"], 32, 1000, 0, block=8, pool=64): got.append(x.clone())
+    monkeypatch.setattr(caching, "read_blocks", real)
+    assert len(got) >= 2 and all(torch.equal(x, y) for x, y in zip(got, every(Store(whole)))) and not any(t.is_alive() for t in n)
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_nan_on_disk_names_shard_and_row(whole, whole8, tmp_path, kind):
+    d = shutil.copytree(whole8 if kind == "int8" else whole, tmp_path/"s"); f = d/"shard_00001.safetensors"
+    t = {k: v.clone() for k, v in caching.read_tensors(f).items()}
+    t["acts" if kind == "bfloat16" else "scale"][7, 2] = torch.nan
+    caching.write_tensors(f, t)
+    s = Store(d); where = "shard_00001.safetensors, row 7: the activations hold NaN"
+    with pytest.raises(UserError, match=where): list(s.rows())
+    with pytest.raises(UserError, match=where): every(s)
+    list(s.rows(["A", "B"]))                                                                       # the other models are well
+
+def test_progress_goes_to_the_drivers_file(args, monkeypatch, tmp_path):
+    f = tmp_path/"note"; monkeypatch.setenv("LLMDIFF_PROGRESS", str(f)); lines = []
+    clock = itertools.count(step=10); monkeypatch.setattr(caching.time, "monotonic", lambda: next(clock))
+    real = caching.write_tensors
+    def write(*a):
+        if f.exists(): lines.append(f.read_text())
+        return real(*a)
+    monkeypatch.setattr(caching, "write_tensors", write); harvest(**args)
+    assert len(lines) > 5 and all("tokens/s" in x and x.endswith("left") for x in lines) and not f.exists()
+    done = [int(x.split()[1].replace(",", "")) for x in lines]; assert done == sorted(done)
+
+def test_meter_is_silent_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.delenv("LLMDIFF_PROGRESS", raising=False)
+    tick = meter(10, "x"); tick(5); tick(5)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bench_reader_measures_all_three(whole, whole8, capsys):
+    for d in (whole, whole8):
+        r = bench_reader(Store(d), batch=64, n_tokens=64, repeats=1)
+        assert min(r.values()) > 0 and r["ratio"] == r["reader"]/r["loader"]
+    x = caching.TokenRows(Store(whole), [0, 2]); want = torch.cat([r["acts"] for r in Store(whole).rows(["A", "C"])])
+    assert len(x) == len(want) and all(torch.equal(x[i], want[i]) for i in range(0, len(x), 7))
 
 def test_benchmark_reads_the_same_and_leaves_the_model_as_it_was(docs, capsys):
     m = toy()
