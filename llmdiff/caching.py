@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'tap', 'stream', 'residual', 'buckets', 'pad', 'plan_shards', 'check_finite', 'read_part', 'merge_moments',
            'moments', 'pack', 'packed', 'values', 'sha256', 'write_tensors', 'read_tensors', 'columns', 'assemble',
-           'rel', 'differs', 'Store', 'check_rows', 'load_state', 'open_state', 'keep_whole', 'whole', 'save_state',
-           'meter', 'release', 'harvest_parts', 'join_parts', 'finish', 'join', 'disk_width', 'store_key', 'harvest',
+           'differs', 'Store', 'check_rows', 'load_state', 'open_state', 'keep_whole', 'whole', 'save_state', 'meter',
+           'release', 'harvest_parts', 'join_parts', 'finish', 'join', 'disk_width', 'store_key', 'harvest',
            'plan_pools', 'read_blocks', 'batches', 'cut_trunk', 'bench_harvest', 'TokenRows', 'bench_reader',
            'norm_table']
 
@@ -185,10 +185,6 @@ def assemble(parts, # list of dicts from `read_part`, one a model; for int8 the 
 # %% ../nbs/03_caching.ipynb #c029
 FORMAT = dict(bfloat16=1, int8=2) # store_dtype -> format version
 
-def rel(p): # a path
-    "A path as printed: relative to the project, if it lies there."
-    return str(Path(p).relative_to(root())) if Path(p).is_relative_to(root()) else Path(p).name
-
 def differs(have, # what the store records
             want  # what is asked; a key that is missing or None is not compared
            )->str: # "" if nothing differs
@@ -209,17 +205,17 @@ class Store:
     def __init__(self, folder): # e.g. "runs/small/store"
         self.folder = path(folder)
         check(not any(self.folder.glob("progress*.json")), f"the activation store {rel(self.folder)} is half built: run notebook 03_caching again, it continues")
-        self.manifest = m = json.loads(need(self.folder/"manifest.json", "03_caching").read_text())
+        self.manifest = m = {"store_dtype": "bfloat16", **json.loads(need(self.folder/"manifest.json", "03_caching").read_text())}
         check(m["format"] in FORMAT.values(), f"the activation store {rel(self.folder)} has format {m['format']}, this version reads {', '.join(map(str, FORMAT.values()))}: run notebook 03_caching again")
         self.models, self.n_tokens, self.n_docs, self.d_model = m["names"], m["n_tokens"], m["n_docs"], m["d_model"]
         self.mean, self.var = (np.array(m[k], dtype=np.float64) for k in ("mean", "var"))
         for s in m["shards"]:
             f = self.folder/s["file"]
             check(f.exists() and f.stat().st_size == s["bytes"], f"{rel(f)} is missing or cut short: run notebook 03_caching again, it rebuilds this shard")
-        self.kept_as, self._open = torch.float32 if m["store_dtype"] == "int8" else torch.bfloat16, {}
+        self.kept_as, self._open = torch.float32 if m.get("store_dtype") == "int8" else torch.bfloat16, {}
     def __repr__(self):
         m = self.manifest
-        return f"{len(self.models)} models ({', '.join(self.models)}) x {self.n_tokens:,} tokens x {self.d_model}, layer {m['layer']}, {len(m['shards'])} shards{', int8'*(m['store_dtype'] == 'int8')}"
+        return f"{len(self.models)} models ({', '.join(self.models)}) x {self.n_tokens:,} tokens x {self.d_model}, layer {m['layer']}, {len(m['shards'])} shards{', int8'*(m.get('store_dtype') == 'int8')}"
     def check(self, models=None, layer=None, corpus_hash=None): # dict name -> spec; index; hash
         "Refuse the store, in one sentence, if it was made by other models, at another layer or from another corpus."
         for n in models or (): self.index([n])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPLIT', 'meet', 'place', 'total', 'everyone', 'check_layout', 'nth_largest', 'select_ranks', 'grads_ranks',
            'aux_ranks', 'step_ranks', 'slice_of', 'blank', 'tensors', 'spread', 'collect', 'from_rank0', 'hooks',
-           'replaced', 'train_ranks', 'Helped', 'check_same', 'pair_ranks', 'settings_of', 'work', 'parser', 'main',
-           'self_check', 'harvest_ranks', 'traffic', 'seconds_a_step', 'cluster_cost']
+           'train_ranks', 'Helped', 'check_same', 'pair_ranks', 'settings_of', 'work', 'parser', 'main', 'self_check',
+           'harvest_ranks', 'traffic', 'seconds_a_step', 'cluster_cost']
 
 # %% ../nbs/92_parallel.ipynb #c002
 import argparse, contextlib, json, math, os, sys, tempfile, time
@@ -22,8 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from .core import UserError, check, digest, load_preset, pair_name, root
 from .caching import Store
 from .crosscoder import (MARGIN, SLACK, Codes, Crosscoder, Planted, set_normalisation, pointers, bag, pair_dots, scan, fold, rescore, aux_grads, scan_dtype)
-from . import training
-from .training import dead_latents, load_checkpoint, save_checkpoint, store_hash, train, train_pair
+from .training import dead_latents, load_checkpoint, save_checkpoint, train, train_pair
 
 # %% ../nbs/92_parallel.ipynb #c007
 def meet(latents=0,    # R, ranks that share one dictionary; 0: all
@@ -203,21 +202,12 @@ def hooks(whole,     # Crosscoder; rank 0 keeps it up to date
         return state, log or []
     def save(file, key, cc, opt, state, log):
         nonlocal saved
-        if not from_rank0(lambda: time.monotonic()-saved >= every): return
+        if not from_rank0(lambda: time.monotonic()-saved >= every): return False
         collect(tensors(cc, opt), parts(), mesh); saved = time.monotonic()
         if first: save_checkpoint(file, key, whole, wopt, state, log)
-    return dict(train_step=partial(step_ranks, mesh=mesh), load_checkpoint=load, save_checkpoint=save)
+    return dict(step=partial(step_ranks, mesh=mesh), load=load, keep=save)
 
 # %% ../nbs/92_parallel.ipynb #c028
-@contextlib.contextmanager
-def replaced(module, **new):
-    "Other functions in a module, for the time of the block."
-    old = {n: getattr(module, n) for n in new}
-    for n, f in new.items(): setattr(module, n, f)
-    try: yield
-    finally:
-        for n, f in old.items(): setattr(module, n, f)
-
 def train_ranks(stream, cc, n_steps, lr, select="auto", # as of `train`; `cc` is the whole crosscoder, the same on all ranks
                 checkpoint=None, key="", every=60., mesh=None, **kw):
     "`train` over all ranks; rank 0 leaves the trained weights in its `cc` and returns the log, the others return None."
@@ -226,8 +216,7 @@ def train_ranks(stream, cc, n_steps, lr, select="auto", # as of `train`; `cc` is
         if dist.get_rank():
             for p in cc.parameters(): p.data = p.data.new_empty(0)                                        # rank 0 keeps the whole
             s.enter_context(contextlib.redirect_stderr(s.enter_context(open(os.devnull, "w"))))           # and shows the progress
-        s.enter_context(replaced(training, **hooks(cc, mesh, every)))
-        log = train(stream, mine, n_steps, lr, select, checkpoint, key, every=0, **kw)
+        log = train(stream, mine, n_steps, lr, select, checkpoint, key, every=0, **hooks(cc, mesh, every), **kw)
     collect(tensors(mine), tensors(cc), mesh)
     if dist.get_rank(): return None
     cc.to(dev)
@@ -248,7 +237,7 @@ def pair_ranks(store, pair, folder, mesh, every=60., **args): # as of `train_pai
         log = train_ranks(*a, **kw, every=every, mesh=mesh)
         if log is None: raise Helped
         return log
-    with replaced(training, train=fit), contextlib.suppress(Helped): train_pair(store, pair, folder, **args)
+    with contextlib.suppress(Helped): train_pair(store, pair, folder, fit=fit, **args)
     from_rank0(bool)   # the others wait for the files
 
 def settings_of(step, preset, changed=()): # name of a notebook, of a preset; words KEY=VALUE
@@ -273,7 +262,7 @@ def work(a): # the parsed command line
     folder = Path(a.runs or root()/"runs").expanduser().resolve()/a.preset; store = Store(folder/"store")
     mesh = meet(R, a.timeout); first = dist.get_rank() == 0
     code = digest(*sorted(Path(__file__).parent.glob("*.py")))
-    check_same(dict(code=code, torch=torch.__version__, settings=digest(pairs, s, a.latents, str(scan_dtype(s["select"], mesh.device_type))), store=store_hash(store)), mesh)
+    check_same(dict(code=code, torch=torch.__version__, settings=digest(pairs, s, a.latents, str(scan_dtype(s["select"], mesh.device_type))), store=store.hash), mesh)
     with locked(folder) if first else contextlib.nullcontext():
         for pair in pairs:
             pair_ranks(store, pair, folder/"crosscoder"/pair_name(pair), mesh, a.every, **s)

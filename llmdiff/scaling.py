@@ -333,12 +333,11 @@ def open_pair(run, pair): # -> Store, Crosscoder
     "The store of a run and the crosscoder of a pair, which must belong together."
     from llmdiff.caching import Store
     from llmdiff.models import device
-    from llmdiff.training import store_hash
     name = pair_name(pair); folder = path(run)/"crosscoder"/name
     store, cc = Store(need(path(run)/"store", "03_caching")), load(need(folder, "05_training"), device())
     check(list(cc.names) == list(pair), f"crosscoder/{name} is of the models {', '.join(cc.names)}: run notebook 05_training again")
     made = read_config(folder)["info"].get("store")
-    check(made in (None, store_hash(store)), f"crosscoder/{name} was trained on another store than the one in {run}: run notebook 05_training again")
+    check(made in (None, store.hash), f"crosscoder/{name} was trained on another store than the one in {run}: run notebook 05_training again")
     return store, cc
 
 def scale_pair(run, pair, seed=0, n_blocks=20, n_boot=500, **cuts): # -> judged table, number of tokens

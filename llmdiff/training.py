@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['schedule', 'k_at', 'dead_latents', 'train_step', 'log_columns', 'log_row', 'check_row', 'save_checkpoint',
-           'load_checkpoint', 'memory_advice', 'train', 'chunks', 'evaluate', 'check_training', 'store_hash',
-           'train_pair', 'bench_step']
+           'load_checkpoint', 'memory_advice', 'train', 'chunks', 'evaluate', 'check_training', 'train_pair',
+           'bench_step']
 
 # %% ../nbs/05_training.ipynb #c002
 import math, time
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .core import UserError, check, digest, atomic, run_dir, pair_name, save_table, savefig
-from .caching import Store, batches
+from .caching import Store
 from .crosscoder import (Crosscoder, Planted, set_normalisation, select, sparse_grads, aux_grads, dense_loss, scan_dtype,
                                 calibrate, encode, decode, save, load, read_config)
 
@@ -122,28 +122,30 @@ def train(stream,        # function: first batch wanted -> iterator of [batch, n
           every=60.,     # seconds between checkpoints, at least
           n_log=100,     # rows of the log
           k_start=None,  # see `k_at`
+          step=None, load=None, keep=None, # in place of `train_step`, `load_checkpoint` and `save_checkpoint`, see `92_parallel`
           **step_args    # of `train_step`
          )->pd.DataFrame:# the log
     "Train; one progress line on a terminal, nothing elsewhere; continues from a checkpoint of the same `key`."
     check(k_start is None or 0 < k_start <= cc.n_latents, f"k_start = {k_start} does not fit a dictionary of {cc.n_latents} latents: choose 1 <= k_start <= n_latents")
     assert k_at(n_steps-1, n_steps, cc.k, k_start) == cc.k
+    step, load, keep = step or train_step, load or load_checkpoint, keep or save_checkpoint
     dev, dtype, dead_after = cc.b_enc.device, scan_dtype(select, cc.b_enc.device), step_args.setdefault("dead_after", 25_000)
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
-    state, log = load_checkpoint(checkpoint, key, cc, opt) if checkpoint else (None, None)
+    state, log = load(checkpoint, key, cc, opt) if checkpoint else (None, None)
     if not state: state, log = dict(step=0, tokens=0, threshold=0., lr=0., since=torch.zeros(cc.n_latents, dtype=torch.long, device=dev)), []
     sums, n, saved, kept = 0., 0, time.monotonic(), ""
     bar = tqdm(total=n_steps, initial=state["step"], desc=pair_name(cc.names), unit="step", disable=None, mininterval=1)
     for x in stream(state["step"]):
         if state["step"] >= n_steps: break
         opt.param_groups[0]["lr"] = state["lr"] = lr*schedule(state["step"], n_steps)
-        try: sums = sums + train_step(cc, opt, cc.normalise(x.to(dev)), state, dtype, k_at(state["step"], n_steps, cc.k, k_start), **step_args); n += len(x)
+        try: sums = sums + step(cc, opt, cc.normalise(x.to(dev)), state, dtype, k_at(state["step"], n_steps, cc.k, k_start), **step_args); n += len(x)
         except torch.OutOfMemoryError: raise UserError(memory_advice(cc, len(x), torch.cuda.get_device_properties(dev).total_memory)) from None
         state["step"] += 1; state["tokens"] += len(x); bar.update()
         if state["step"] % max(1, n_steps//n_log) and state["step"] < n_steps: continue
         log.append(log_row(cc, sums, state, n, dead_after)); check_row(cc, log[-1], kept); sums, n = 0., 0
         bar.set_postfix(loss=f"{log[-1][2]:.3g}", dead=f"{log[-1][-3]:.1%}", refresh=False)
         if checkpoint and time.monotonic()-saved >= every:
-            save_checkpoint(checkpoint, key, cc, opt, state, log); saved, kept = time.monotonic(), f"the state at step {state['step']} is kept in {Path(checkpoint).name}"
+            if keep(checkpoint, key, cc, opt, state, log) is not False: saved, kept = time.monotonic(), f"the state at step {state['step']} is kept in {Path(checkpoint).name}"
     bar.close()
     check(state["step"] == n_steps, f"the stream of activations ended after {state['step']} of {n_steps} batches: make the store larger or train_tokens smaller")
     return pd.DataFrame(log, columns=log_columns(cc)).astype({"step": int, "tokens": int})
@@ -174,34 +176,33 @@ def check_training(n_store,  # tokens of the training documents
     check(min(n_store, train_tokens) >= n_latents, f"{min(n_store, train_tokens):,} training tokens are fewer than {n_latents:,} latents: raise n_tokens and train_tokens, or lower n_latents")
     check(0 < batch <= min(n_store, train_tokens), f"batch = {batch:,} is larger than the {min(n_store, train_tokens):,} tokens to train on: lower batch")
 
-def store_hash(store): # Store
-    "Hash of the store's content."
-    return digest(store.models, [s["sha256"] for s in store.manifest["shards"]])
+
 
 # %% ../nbs/05_training.ipynb #c033
-def train_pair(store,   # Store
+def train_pair(store,   # Store, or the stream of `94_live`
                pair,    # [A, B], reference first
                folder,  # where model.safetensors, config.json and log.parquet go
                n_latents, k, batch, train_tokens, lr, score="sum", seed=0, held=.1, select="auto",
+               fit=None, # in place of `train`, see `92_parallel`
                **step_args): # of `train` and `train_step`: k_start, dead_after, k_aux, aux_latents, aux_weight
     "Train, calibrate, evaluate and save the crosscoder of one pair; returns it, its log and a dict of results. What is finished is only loaded."
     settings = dict(pair=list(pair), n_latents=n_latents, k=k, batch=batch, train_tokens=train_tokens, lr=lr, score=score, seed=seed, held=held, **step_args)
     folder, dev = Path(folder), "cuda" if torch.cuda.is_available() else "cpu"
-    key = digest(settings, str(scan_dtype(select, dev)), store_hash(store), 2)
+    key = digest(settings, str(scan_dtype(select, dev)), store.hash, 2)
     if read_config(folder).get("info", {}).get("key") == key and (folder/"log.parquet").exists():
         return load(folder, dev), pd.read_parquet(folder/"log.parquet"), read_config(folder)["info"]["results"]
     docs, (lo, hi) = store.split(held); mid = (lo+hi)//2
     check_training(sum(b-a for _, a, b in store.spans(docs)), n_latents, k, batch, train_tokens)
     at = store.index(pair)
     cc = set_normalisation(Crosscoder(store.d_model, n_latents, k, pair, score, seed), store.mean[at], store.var[at]).to(dev)
-    log = train(lambda start: batches(store, pair, batch, train_tokens, seed, docs=docs, start=start), cc, train_tokens//batch, lr, select,
+    log = (fit or train)(lambda start: store.batches(pair, batch, train_tokens, seed, docs=docs, start=start), cc, train_tokens//batch, lr, select,
                 folder/"checkpoint.safetensors", key, **step_args)
     calibrate(cc, (cc.normalise(x) for x in chunks(store, pair, (lo, mid))), scan_dtype(select, dev))
     end = log.tail(5).mean()
     results = dict(evaluate(cc, chunks(store, pair, (mid, hi)), select), fve_train=[float(end[f"fve_{m}"]) for m in pair], l0_train=float(end.l0), dead=float(log.dead.iloc[-1]),
                    train_tokens=int(log.tokens.iloc[-1]), theta=float(cc.theta))
     with atomic(folder/"log.parquet") as t: log.to_parquet(t, index=False)
-    save(cc, folder, dict(key=key, settings=settings, store=store_hash(store), results=results))
+    save(cc, folder, dict(key=key, settings=settings, store=store.hash, results=results))
     (folder/"checkpoint.safetensors").unlink(missing_ok=True)
     return cc, log, results
 

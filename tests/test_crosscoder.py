@@ -4,7 +4,7 @@ import itertools, json, re, signal, subprocess, sys, time, types
 import numpy as np, pytest, torch
 from safetensors import safe_open
 
-from llmdiff.caching import finish, moments, write_tensors
+from llmdiff.caching import Store, finish, moments, write_tensors
 from llmdiff.core import UserError
 from llmdiff.crosscoder import (Crosscoder, Planted, aux_grads, calibrate, delta_norm, dense_aux, dense_code,
                                 dense_loss, encode, load, save, scan_dtype, score_norm, select, set_normalisation, sparse_grads)
@@ -392,8 +392,8 @@ def test_finished_pair_is_loaded_unless_something_changed(tmp_path, monkeypatch)
 
 def test_held_documents_are_never_trained_on(tmp_path, monkeypatch):
     store, asked = small_store(tmp_path/"store"), []
-    real = training.batches
-    monkeypatch.setattr(training, "batches", lambda *a, docs, **k: asked.append(docs) or real(*a, docs=docs, **k))
+    real = Store.batches
+    monkeypatch.setattr(Store, "batches", lambda *a, docs, **k: asked.append(docs) or real(*a, docs=docs, **k))
     _, _, res = train_pair(store, ["pt", "it"], tmp_path/"cc", **ARGS)
     assert asked == [(0, 54)] and res["tokens"] == 300                    # 6 of 60 documents: 3 for the threshold, 3 to measure
     assert abs(res["l0"]-4) < 1 and min(res["fve"]) > .7
