@@ -55,14 +55,17 @@ def as_crosscoder(t): # tensors of an SAE or of a crosscoder
     if shift is not None: t.update({"encoder.bias": t["encoder.bias"] - W @ shift, "decoder.bias": shift})
     return {"code_normalization_id": torch.tensor(4), **t, "encoder.weight": W.T[None], "decoder.weight": t["decoder.weight"].T[None], "decoder.bias": t["decoder.bias"][None]}
 
-def match_score(n,      # [n_latents, n_models], norms of the decoder rows
-                theirs, # [n_latents], what their score multiplies by
-                threshold): # on their score
+def match_score(n,    # [n_latents, n_models], norms of the decoder rows
+                how,  # their code normalisation
+                threshold, # on their score
+                alpha=(1., .1)): # MIXED: weights of the SAE and of the CROSSCODER norm
     "Our score and `theta`; refuses if no score of ours picks the same latents."
-    for score, ours in (("sum", n.sum(1)), ("l2", n.norm(dim=1))):
+    total, joint = n.sum(1), n.norm(dim=1)
+    theirs = dict(CROSSCODER=total, SAE=joint, MIXED=alpha[0]*joint + alpha[1]*total, NONE=torch.ones(len(n)))[how]
+    for score, ours in (("sum", total), ("l2", joint)):
         c = theirs.sum()/ours.sum()
         if torch.allclose(theirs, c*ours, rtol=1e-5): return score, max(threshold, 0.)/float(c)
-    check(threshold <= 0, "its code normalisation weighs latents as neither score of ours does, and no rescaling mends that: use it with the library that wrote it")
+    check(threshold <= 0, f"its code normalisation {how} weighs latents as neither score of ours does, and no rescaling mends that: use it with the library that wrote it")
     return "sum", 0.
 
 # %% ../nbs/91_formats.ipynb #c015
@@ -86,11 +89,11 @@ def from_dictionary_learning(folder, # or the file
     M, D, d = t["decoder.weight"].shape; at = config.get("encoder_layers") or list(range(M))
     check(names and len(names) == M, f"{file} holds {M} model{'s'[:M > 1]} and does not say which: give `names`, one each, in the order of its layers, the base model first")
     check(len(at) == len(t["encoder.weight"]), f"{file}: the encoder reads {len(t['encoder.weight'])} models of {M}, and no config.json beside it says which")
-    n, how = t["decoder.weight"].float().norm(dim=2).T, CODE[int(t["code_normalization_id"])-1] if "code_normalization_id" in t else config.get("code_normalization") or "CROSSCODER"
+    n = t["decoder.weight"].float().norm(dim=2).T
+    how = CODE[int(t["code_normalization_id"])-1] if "code_normalization_id" in t else config.get("code_normalization") or "CROSSCODER"
     check(how in CODE[:4], f"{file} has codes and a threshold for each model ({how}), and our models share theirs: it cannot be loaded")
-    mixed = (config.get("code_normalization_alpha_sae") or 1.)*n.norm(dim=1) + (config.get("code_normalization_alpha_cc") or .1)*n.sum(1)
-    theirs = dict(CROSSCODER=n.sum(1), SAE=n.norm(dim=1), MIXED=mixed, NONE=torch.ones(D))[how]
-    score, theta = match_score(n, theirs, float(t.get("threshold", 0.)))
+    alpha = [v if config.get(k) is None else config[k] for k, v in (("code_normalization_alpha_sae", 1.), ("code_normalization_alpha_cc", .1))]
+    score, theta = match_score(n, how, float(t.get("threshold", 0.)), alpha)
     cc = set_normaliser(Crosscoder(d, D, int(t.get("k", D)), names, score), t); cc.theta.fill_(theta)
     cc.W_enc.zero_(); cc.W_enc[:, at] = t["encoder.weight"].permute(2, 0, 1).float(); cc.W_dec.copy_(t["decoder.weight"].permute(1, 0, 2))
     cc.b_enc.copy_(t["encoder.bias"]); cc.b_dec.copy_(t["decoder.bias"])

@@ -107,11 +107,12 @@ def test_there_and_back(tmp_path, score):
     same(ours(cc, x), ours(back, x)); assert torch.allclose(back.scale, cc.scale, rtol=1e-6)
 
 
-def test_l1_crosscoders_are_batchtopk_with_every_place(tmp_path):
-    Theirs(12, 60, 2).save_pretrained(tmp_path/"a"); cc = load_any(tmp_path/"a", ["base", "chat"]); x = acts()
+@pytest.mark.parametrize("normaliser", [True, False])
+def test_l1_crosscoders_are_batchtopk_with_every_place(tmp_path, normaliser):
+    Theirs(12, 60, 2, normaliser=normaliser).save_pretrained(tmp_path/"a"); cc = load_any(tmp_path/"a", ["base", "chat"]); x = acts()
     assert (cc.k, float(cc.theta)) == (60, 0) and calibrate(cc, [cc.normalise(x)]) == 0
     to_dictionary_learning(cc, tmp_path/"b"); t = load_file(tmp_path/"b"/"model.safetensors")
-    assert not {"k", "threshold"} & set(t) and "k" not in read_config(tmp_path/"b")
+    assert not {"k", "threshold"} & set(t) and "k" not in read_config(tmp_path/"b") and t["activation_mean"].isnan().all() != normaliser
     same(ours(cc, x), ours(load_any(tmp_path/"b"), x))
 
 
@@ -149,6 +150,8 @@ def test_the_same_score_up_to_a_factor(tmp_path):
     "One model: MIXED is 1.1 times the norm. Rows of one norm: NONE is a constant times it."
     th = Theirs(12, 60, 1, k=6, code_normalization="MIXED"); th.save_pretrained(tmp_path); cc = from_dictionary_learning(tmp_path, "A")
     same(th(acts(M=1)), ours(cc, acts(M=1))); assert float(cc.theta) == pytest.approx(9/1.1)
+    (tmp_path/"config.json").write_text(json.dumps(read_config(tmp_path) | dict(code_normalization_alpha_sae=0., code_normalization_alpha_cc=.5)))
+    assert float(from_dictionary_learning(tmp_path, "A").theta) == pytest.approx(18)
     th = Theirs(12, 60, 2, k=6, code_normalization="NONE"); th.decoder.weight.data /= th.decoder.weight.norm(dim=2, keepdim=True)/3; th.save_pretrained(tmp_path)
     cc = from_dictionary_learning(tmp_path, "AB"); same(th(acts()), ours(cc, acts())); assert float(cc.theta) == pytest.approx(9*6)
 
@@ -191,7 +194,7 @@ def test_concatenated_export_is_exact(M, score):
     cc, x = make(M, score), acts(M=M); cc.W_dec.data[3] = 0       # a latent without a decoder is never active
     f, y = ours(cc, x); same((f, y), jumprelu_apply(jumprelu(cc), x.flatten(1))); assert (f > 0).any() and not f[:, 3].any()
     if M == 1: same((f, y), jumprelu_apply(jumprelu(cc, "A", guess_others(cc, x, "A")), x[:, 0]))
-    cc.theta.fill_(0.); same(ours(cc, x), jumprelu_apply(jumprelu(cc), x.flatten(1)))
+    cc.theta.fill_(0.); same(ours(cc, x), jumprelu_apply(jumprelu(cc), x.flatten(1))); assert not jumprelu(cc)["threshold"].isnan().any()
 
 
 @pytest.mark.parametrize("side", [0, 1, 2])
