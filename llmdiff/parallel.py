@@ -203,7 +203,7 @@ def hooks(whole,     # Crosscoder; rank 0 keeps it up to date
         return state, log or []
     def save(file, key, cc, opt, state, log):
         nonlocal saved
-        if not from_rank0(lambda: time.monotonic()-saved >= every): return
+        if not from_rank0(lambda: time.monotonic()-saved >= every): return False
         collect(tensors(cc, opt), parts(), mesh); saved = time.monotonic()
         if first: save_checkpoint(file, key, whole, wopt, state, log)
     return dict(train_step=partial(step_ranks, mesh=mesh), load_checkpoint=load, save_checkpoint=save)
