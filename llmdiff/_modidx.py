@@ -397,7 +397,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmdiff.parallel.collect': ('parallel.html#collect', 'llmdiff/parallel.py'),
                                   'llmdiff.parallel.everyone': ('parallel.html#everyone', 'llmdiff/parallel.py'),
                                   'llmdiff.parallel.from_rank0': ('parallel.html#from_rank0', 'llmdiff/parallel.py'),
-                                  'llmdiff.parallel.grads_ranks': ('parallel.html#grads_ranks', 'llmdiff/parallel.py'),
+                                  'llmdiff.parallel.harvest_preset': ('parallel.html#harvest_preset', 'llmdiff/parallel.py'),
                                   'llmdiff.parallel.harvest_ranks': ('parallel.html#harvest_ranks', 'llmdiff/parallel.py'),
                                   'llmdiff.parallel.hooks': ('parallel.html#hooks', 'llmdiff/parallel.py'),
                                   'llmdiff.parallel.main': ('parallel.html#main', 'llmdiff/parallel.py'),

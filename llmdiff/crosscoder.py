@@ -199,11 +199,12 @@ def select(cc, x,               # [n, n_models, d_model], normalised
 # %% ../nbs/04_crosscoder.ipynb #c030
 @torch.no_grad()
 def sparse_grads(cc, x, # [n, n_models, d_model], normalised
-                 codes):# Codes of this batch
+                 codes, # Codes of this batch
+                 share=lambda t: t): # with the latents spread over processes: the sum of all reconstructions
     "Set the exact gradients of the squared error (no AuxK); return the residual $\\hat x - \\tilde x$ [n, n_models, d_model]."
     xf, (row, latent, value), n = x.flatten(1), codes, len(x)
     W_dec, ptr = cc.W_dec.flatten(1), pointers(row, n)
-    e = bag(latent, value, ptr, W_dec).add_(cc.b_dec.view(-1)).sub_(xf)
+    e = share(bag(latent, value, ptr, W_dec)).add_(cc.b_dec.view(-1)).sub_(xf)
     g = e*(2/n)
     dvalue = pair_dots(g, W_dec, row, latent, ptr)
     order = latent.argsort(stable=True); row, lptr = row[order], pointers(latent[order], cc.n_latents)
