@@ -216,10 +216,10 @@ class Store:
         for s in m["shards"]:
             f = self.folder/s["file"]
             check(f.exists() and f.stat().st_size == s["bytes"], f"{rel(f)} is missing or cut short: run notebook 03_caching again, it rebuilds this shard")
-        self.kept_as, self._open = torch.float32 if m["store_dtype"] == "int8" else torch.bfloat16, {}
+        self.kept_as, self._open = torch.float32 if m.get("store_dtype") == "int8" else torch.bfloat16, {}
     def __repr__(self):
         m = self.manifest
-        return f"{len(self.models)} models ({', '.join(self.models)}) x {self.n_tokens:,} tokens x {self.d_model}, layer {m['layer']}, {len(m['shards'])} shards{', int8'*(m['store_dtype'] == 'int8')}"
+        return f"{len(self.models)} models ({', '.join(self.models)}) x {self.n_tokens:,} tokens x {self.d_model}, layer {m['layer']}, {len(m['shards'])} shards{', int8'*(m.get('store_dtype') == 'int8')}"
     def check(self, models=None, layer=None, corpus_hash=None): # dict name -> spec; index; hash
         "Refuse the store, in one sentence, if it was made by other models, at another layer or from another corpus."
         for n in models or (): self.index([n])
