@@ -149,7 +149,7 @@ def values(s,    # tensors of a shard
     "Rows of a shard, whatever its format."
     idx = range(s["acts"].shape[1]) if idx is None else idx
     if "scale" not in s: return s["acts"][a:b, list(idx)].float()
-    def one(j): return (s["acts"][a:b, j]*s["scale"][a:b, j, None]).mul_(s["std"][j]).add_(s["centre"][j])
+    def one(j): return s["acts"][a:b, j].float().mul_(s["scale"][a:b, j, None]).mul_(s["std"][j]).add_(s["centre"][j])
     first = one(0)
     return torch.stack([first + one(j) if j else first for j in idx], 1)
 
@@ -492,7 +492,7 @@ def batches(store,       # a Store
         size = sum(b - a for _, a, b in blocks)
         if buf is None or len(buf) < batch + size: buf = torch.empty(batch + size, len(idx), store.d_model, dtype=store.kept_as)
         read_blocks(store, blocks, idx, buf[batch:]); return buf, rows
-    pools, spare, rest = needed(), None, torch.empty(0)
+    pools, spare, rest, row = needed(), None, torch.empty(0), torch.empty(batch, len(idx), store.d_model, dtype=store.kept_as)
     with ThreadPoolExecutor(1) as thread:
         job = thread.submit(fill, None, *next(pools)) if left > 0 else None
         while left > 0:
@@ -501,7 +501,7 @@ def batches(store,       # a Store
             if len(rest): buf[batch - len(rest):batch] = rest
             if len(rows)//batch < left: job = thread.submit(fill, spare, *next(pools))
             n = min(left, len(rows)//batch); left -= n
-            for i in range(n): yield buf.index_select(0, rows[i*batch:(i+1)*batch]).float()
+            for i in range(n): yield torch.index_select(buf, 0, rows[i*batch:(i+1)*batch], out=row).to(torch.float32, copy=True)
             spare, rest = buf, buf[rows[n*batch:]]
 
 Store.batches = batches

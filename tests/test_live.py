@@ -131,3 +131,9 @@ def test_storage_errors_are_those_of_a_round_trip():
     assert torch.equal(stored(x, "float32"), x) and (t.loc["float32"].filter(like="error") == 0).all()
     assert t.loc["int8", "error B - A"] < t.loc["bfloat16", "error B - A"] < .03 and t.loc["bfloat16", "error A"] < .005
     assert t.loc["int8", "bytes"] < .55*t.loc["bfloat16", "bytes"]*1.05 and t.loc["float32", "FVE B"] == float(x[:, 1].mean())
+
+
+def test_train_pair_takes_a_live_stream(family, docs, tmp_path):
+    from llmdiff.training import train_pair
+    r = train_pair(toy(family, docs), ["A", "C"], tmp_path/"cc", n_latents=32, k=4, batch=32, train_tokens=2000, lr=1e-3, held=.2)[2]
+    assert r["train_tokens"] == 1984 and r["tokens"] > 0
