@@ -240,6 +240,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmdiff.crosscoder.Planted': ('crosscoder.html#planted', 'llmdiff/crosscoder.py'),
                                     'llmdiff.crosscoder.Planted.__call__': ('crosscoder.html#planted.__call__', 'llmdiff/crosscoder.py'),
                                     'llmdiff.crosscoder.Planted.__init__': ('crosscoder.html#planted.__init__', 'llmdiff/crosscoder.py'),
+                                    'llmdiff.crosscoder.above': ('crosscoder.html#above', 'llmdiff/crosscoder.py'),
                                     'llmdiff.crosscoder.aux_grads': ('crosscoder.html#aux_grads', 'llmdiff/crosscoder.py'),
                                     'llmdiff.crosscoder.bag': ('crosscoder.html#bag', 'llmdiff/crosscoder.py'),
                                     'llmdiff.crosscoder.batch_topk': ('crosscoder.html#batch_topk', 'llmdiff/crosscoder.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MARGIN', 'SLACK', 'Crosscoder', 'set_normalisation', 'normalise', 'denormalise', 'score_norm', 'batch_topk',
            'dense_code', 'dense_loss', 'row_topk', 'dense_aux', 'Codes', 'pointers', 'bag', 'pair_dots', 'scan_dtype',
-           'tile_rows', 'scan', 'fold', 'rescore', 'select', 'sparse_grads', 'aux_grads', 'calibrate', 'encode',
-           'decode', 'dense_codes', 'relative_norm', 'delta_norm', 'save', 'read_config', 'load', 'Planted']
+           'tile_rows', 'above', 'scan', 'fold', 'rescore', 'select', 'sparse_grads', 'aux_grads', 'calibrate',
+           'encode', 'decode', 'dense_codes', 'relative_norm', 'delta_norm', 'save', 'read_config', 'load', 'Planted']
 
 # %% ../nbs/04_crosscoder.ipynb #c002
 import json, math, warnings
@@ -148,8 +148,14 @@ def scan_dtype(select="auto", # "auto", "float32" or "bfloat16"
     return torch.bfloat16 if fast else torch.float32
 
 def tile_rows(n_latents, device): # -> tokens a tile
-    "Tokens whose scores are held at once: about 2 million scores on a CPU (they stay in cache), 500 million on a GPU."
-    return max(128, 2**(29 if torch.device(device).type == "cuda" else 21)//n_latents)
+    "Tokens whose scores are held at once: about 4 million scores on a CPU (they stay in cache), 500 million on a GPU."
+    return max(128, 2**(29 if torch.device(device).type == "cuda" else 22)//n_latents)
+
+def above(t,     # [any] scores of the scan
+          bound):# not negative
+    "Indices of the scores above `bound`. Positive bfloat16 numbers are in the order of their bits, and integers are compared faster."
+    if t.dtype == torch.bfloat16: t, bound = t.view(torch.int16), torch.as_tensor(bound).to(torch.bfloat16).view(torch.int16)
+    return (t > bound).nonzero().squeeze(1)
 
 def scan(x, W, b, # [n, width] float32; [n_latents, width] and [n_latents] in the scan's dtype
          bound,   # lowest score of interest
@@ -160,7 +166,7 @@ def scan(x, W, b, # [n, width] float32; [n_latents, width] and [n_latents] in th
     for i in range(0, len(x), step):
         xt = x[i:i+step].to(W.dtype)
         t = torch.addmm(b, xt, W.T, out=buf[:len(xt)]).view(-1)
-        j = (t > bound).nonzero().squeeze(1)
+        j = above(t, bound)
         at, s = torch.cat([at, j + i*len(W)]), torch.cat([s, t[j]])
         if n and (len(s) > 3*n or i+step >= len(x) and len(s) > n):   # what lies well below the n-th largest cannot win
             bound = torch.maximum(SLACK*s.topk(n, sorted=False).values.min(), torch.as_tensor(bound, dtype=s.dtype, device=s.device))
