@@ -38,11 +38,12 @@ def doc_maxima(lat, # int [nnz], index of the wanted latent
                pos, # int [nnz], position in the document
                act  # float32 [nnz], activation
               )->np.ndarray: # CAND, sorted by latent, then document
-    "The maximum of every (latent, document), with its position."
-    o = np.lexsort((pos, -act, doc, lat))
-    first = np.flatnonzero((np.diff(lat[o], prepend=-1) != 0) | (np.diff(doc[o], prepend=-1) != 0))
-    o = o[first]; out = np.empty(len(o), CAND)
-    for k, v in (("lat", lat), ("doc", doc), ("pos", pos), ("act", act), ("score", act)): out[k] = v[o]
+    "The maximum of every (latent, document), with its position; the lowest position of equal ones."
+    docs, nth = np.unique(doc, return_inverse=True); key = lat.astype(np.int64)*len(docs) + nth
+    top = np.full((int(lat.max(initial=-1)) + 1)*len(docs), -np.inf, np.float32); np.maximum.at(top, key, act)
+    at = np.full(len(top), np.iinfo(np.int32).max, np.int32); hit = np.flatnonzero(act == top[key]); np.minimum.at(at, key[hit], pos[hit].astype(np.int32))
+    k = np.flatnonzero(top > -np.inf); out = np.empty(len(k), CAND)
+    for name, v in (("lat", k//max(len(docs), 1)), ("doc", docs[k % max(len(docs), 1)]), ("pos", at[k]), ("act", top[k]), ("score", top[k])): out[name] = v
     return out
 
 def keep_best(best, # CAND kept so far
@@ -50,7 +51,9 @@ def keep_best(best, # CAND kept so far
               n     # how many of each latent
              )->np.ndarray: # CAND, by latent, then score, best first
     "The n best of each latent; ties go to the lower document number."
-    c = np.concatenate([best, new])
+    first = np.flatnonzero(np.diff(best["lat"], prepend=-1)); full = first[np.diff(np.append(first, len(best))) == n]
+    floor = np.full(max(best["lat"].max(initial=-1), new["lat"].max(initial=-1)) + 1, -np.inf); floor[best["lat"][full]] = best["score"][full + n - 1]
+    c = np.concatenate([best, new[new["score"] >= floor[new["lat"]]]])     # the others lie below n that are kept
     c = c[np.lexsort((c["doc"], -c["score"], c["lat"]))]
     starts = np.flatnonzero(np.diff(c["lat"], prepend=-1))
     rank = np.arange(len(c)) - np.repeat(starts, np.diff(np.append(starts, len(c))))

@@ -189,3 +189,13 @@ def test_tiny_is_up_to_date(tiny):
 def test_a_step_alone_names_what_it_needs(tmp_path):
     r = llmdiff("run", "--preset", "tiny", "--only", "10", "--runs", str(tmp_path))
     assert r.returncode == 1 and "run notebook" in r.stderr and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr, r.stderr
+
+
+def test_one_pair_is_enough(tiny, tmp_path):
+    "Two models of one's own make one pair: the comparisons of the embedded family are left out, and the tables are of that pair."
+    shutil.copytree(tiny, tmp_path/"tiny")
+    r = llmdiff("run", "--preset", "tiny", "--only", "10", "--runs", str(tmp_path), "-p", 'pairs=[["it", "SimPO"]]')
+    assert r.returncode == 0, r.stderr
+    tables = tmp_path/"tiny"/"tables"
+    assert (tables/"direct_class_it_SimPO.csv").exists() and not (tables/"planted.csv").exists()
+    assert len((tables/"main.csv").read_text().splitlines()) == 2
