@@ -302,7 +302,7 @@ def test_killed_by_the_system_at_random_points(tmp_path):
     train_pair(store, ["pt", "it"], tmp_path/"whole", **args)
     for _ in range(3):
         p = subprocess.Popen([sys.executable, "-c", TRAIN, str(tmp_path/"store"), str(tmp_path/"cut"), json.dumps(args)])
-        seen, file = None, tmp_path/"cut/checkpoint.safetensors"
+        file = tmp_path/"cut/checkpoint.safetensors"
         before = file.stat().st_mtime_ns if file.exists() else 0
         while p.poll() is None and not (file.exists() and file.stat().st_mtime_ns > before): time.sleep(.01)
         time.sleep(rng.uniform(0, .5)); p.kill(); kills += p.wait() == -signal.SIGKILL
@@ -332,7 +332,7 @@ def test_gpu_memory_that_runs_out_is_one_sentence(tmp_path, monkeypatch):
     def out(*a, **k): raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(training, "train_step", out)
     for total, words in ((80e9, "set batch = 128"), (100_000, "latents need .* set n_latents = ")):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda dev: types.SimpleNamespace(total_memory=total))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda dev, total=total: types.SimpleNamespace(total_memory=total))
         with pytest.raises(UserError, match=words): train_pair(small_store(tmp_path/f"store{total}"), ["pt", "it"], tmp_path/"cc", **ARGS)
 
 
