@@ -512,7 +512,7 @@ def context_rows(s, cc, x, n_top=12, repeats=3, doc_tokens=128): # sizes; crossc
     return [rate_row("top contexts of all latents / loop over sequences", s | dict(n_tokens=len(x)), times, "ours", "loop", len(x), ">= 15")]
 
 # %% ../nbs/93_bench.ipynb #c050
-SCALING = {"small": dict(base=sized(32, 256, 8, 256), factors=[.5, 2], tile=sized(8, 8192, 4, 256), world=(sized(32, 512, 8, 512), 4096)),
+SCALING = {"small": dict(base=sized(32, 256, 8, 256), factors=[.5, 2], tile=sized(8, 8192, 4, 512), world=(sized(32, 512, 8, 512), 4096)),
            "full": dict(base=sized(576, 4608, 32, 2048), factors=[.5, 2, 4], tile=sized(64, 8192, 16, 1024), world=(sized(576, 4608, 32, 4096), 16384))}
 
 def measure_scaling(size="full", repeats=5, seed=0, run=None, say=print, **_): # run: folder for the points -> table

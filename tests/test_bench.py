@@ -76,7 +76,7 @@ def test_a_wrong_selection_is_found(monkeypatch):
 
 
 def test_memory_of_a_dense_array_is_found():
-    s = B.sized(8, 8192, 4, 256)
+    s = B.sized(8, 8192, 4, 512)   # a batch of at least one tile
     assert B.bytes_a_score(B.dense_trainer, s) > 4 and abs(B.bytes_a_score(B.sparse_trainer, s)) < .5
 
 

@@ -141,7 +141,7 @@ def test_which_model_is_which(tmp_path):
     cc = from_dictionary_learning(tmp_path, ["base", "chat"])
     assert delta_norm(cc)[:2].tolist() == [0, 1]                                        # base only, chat only
     a, b = th.decoder.weight.detach().norm(dim=2)
-    assert torch.allclose(delta_norm(cc), 1 - .5*((a-b)/torch.maximum(a, b) + 1), atol=1e-6)   # they store one minus ours
+    assert torch.allclose(torch.from_numpy(delta_norm(cc)).float(), 1 - .5*((a-b)/torch.maximum(a, b) + 1), atol=1e-6)   # they store one minus ours
     for names in (None, ["base"]):
         with pytest.raises(UserError, match="in the order of its layers, the base model first"): from_dictionary_learning(tmp_path, names)
 
