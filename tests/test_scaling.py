@@ -1,4 +1,4 @@
-"Latent Scaling: against the direct fit, on planted truth, over tiles and blocks."
+"Latent Scaling: against the direct fit, on planted truth, over tiles and blocks; verdicts that need certainty; any number of models."
 import numpy as np, pandas as pd, pytest, torch
 from llmdiff import scaling as sc
 from llmdiff.core import UserError, latents
@@ -132,6 +132,7 @@ def test_swapping_the_models_mirrors_everything():
         for end in ("", "_lo", "_hi"):
             np.testing.assert_allclose(s[f"{n}_A{end}"], t[f"{n}_B{end}"], rtol=1e-4, atol=1e-4)
     swap = {"unique-A": "unique-B", "unique-B": "unique-A"}
+    assert (s.partners[1:6] == t.partners[1:6]).all() and t.partners[4] == "5:1.00"
     assert s.verdict.tolist() == [swap.get(v, v) for v in t.verdict]
 
 
@@ -139,11 +140,12 @@ def test_dead_and_rare_latents_are_flagged_and_never_judged():
     x, doc, cc = toy()
     t = sc.judge(sc.scaling_table(sc.scan(FakeStore(x, doc), cc, AB), cc.W_dec.detach()), AB)
     assert t.verdict[7] == "dead" and t.reason[7] == "never active in the store"
-    assert t.verdict[8] == "other" and "too rare" in t.reason[8] and t["count"][8] == 3
+    assert t.verdict[8] == "rare" and "too rare" in t.reason[8] and t["count"][8] == 3
     assert t.verdict.notna().all() and t.reason.str.len().gt(0).all() and not t.reason.str.contains("nan").any()
-    assert t.loc[7, [c for c in t if c.startswith(("nu_", "beta_"))]].isna().all()
+    assert not t.isna().any().any()                                          # flagged, never NaN
+    assert np.isinf(t.loc[7, list(sc.RATIOS)].astype(float)).all() and (t.loc[7, [c for c in t if c.startswith("beta_")]] == 0).all()
     assert not sc.flags(t).loc[7:].any().any()
-    assert (sc.judge(t, AB, min_count=1).verdict[8], sc.judge(t, AB, min_count=1).verdict[7]) == ("shared", "dead")
+    assert (sc.judge(t, AB, min_count=1).point[8], sc.judge(t, AB, min_count=1).verdict[7]) == ("shared", "dead")
 
 
 def test_all_latents_dead():
@@ -158,9 +160,9 @@ def test_all_latents_dead():
 
 def test_undefined_ratios_pass_no_cut():
     t = pd.DataFrame({"latent": [0, 1], "count": [99, 99], "delta_norm": [0.95, 0.05], "cos": [0., 0]})
-    for n in ("nu_eps_A", "nu_r_A", "nu_eps_B", "nu_r_B"): t[n] = np.nan
+    for n in sc.RATIOS: t[n] = np.inf
     t = sc.judge(t, AB)
-    assert t.verdict.tolist() == ["other", "other"] and t.reason.str.contains("undefined").all()
+    assert t.verdict.tolist() == ["shrunk", "shrunk"] and t.reason.str.contains("undefined").all()
 
 
 def test_cuts_are_parameters_and_signs_count():
@@ -172,6 +174,140 @@ def test_cuts_are_parameters_and_signs_count():
     r = sc.count_row(sc.judge(t, AB), AB)
     assert (r["delta_norm_B"], r["low_nu_B"], r["all_three_B"], r["unique-B"]) == (2, 1, 0, 1)
     assert r["share_B"] == 0.25 and r["share_B_lo"] == pytest.approx(0.0456, abs=1e-3) and r["share_B_hi"] == pytest.approx(0.6994, abs=1e-3)
+
+
+def low_columns(**nu):
+    "A table of one latent per value: estimates with arms."
+    n = len(next(iter(nu.values())))
+    t = pd.DataFrame({"latent": range(n), "count": 99, "delta_norm": .95, "cos": 0.})
+    for name in sc.RATIOS:
+        v = np.array(nu.get(name, [(1., 1., 1.)]*n), float)
+        t = t.assign(**{name: v[:, 0], name + "_lo": v[:, 1], name + "_hi": v[:, 2]})
+    return t
+
+
+def test_undecided_only_where_it_matters():
+    t = low_columns(nu_eps_B=[(.1, .05, .15), (.1, .05, .25), (.3, .15, .5), (.3, .25, .5), (.1, .05, .15), (.1, -.3, .15)],
+                    nu_r_B=[(.2, .1, .3), (.2, .1, .3), (.2, .1, .3), (.6, .4, .8), (.49, .4, .6), (.2, .1, .3)])
+    j = sc.judge(t, AB)
+    assert j.point.tolist() == ["unique-B", "unique-B", "shrunk", "shrunk", "unique-B", "unique-B"]
+    assert j.verdict.tolist() == ["unique-B", "undecided", "undecided", "shrunk", "undecided", "undecided"]
+    assert j.reason[1].startswith("unique-B by its estimates, but an interval crosses a cut")
+    assert (sc.count_row(j, AB)["unique-B"], sc.count_row(j, AB)["undecided_B"]) == (1, 3)
+
+
+def test_a_faint_row_is_no_latent_of_its_model():
+    "The norm says B only: that A's faint row points where B holds nothing does not make the latent A's."
+    t = low_columns(nu_eps_A=[(.1, .05, .15)], nu_r_A=[(.1, 0, .2)], nu_eps_B=[(.9, .8, 1)])
+    assert sc.judge(t, AB).verdict.tolist() == ["shrunk"]
+    assert sc.judge(t.assign(delta_norm=.6), AB).verdict.tolist() == ["unique-A"]
+
+
+def test_counts_by_cut_hold_their_order():
+    x, doc, cc = toy()
+    t = sc.judge(sc.scaling_table(sc.scan(FakeStore(x, doc), cc, AB), cc.W_dec.detach()), AB)
+    n = sc.counts_by_cut(t, "B", np.linspace(.01, 2, 30), [.5]*30)
+    assert (n.surely <= n.point).all() and (n.point <= n.possibly).all()
+    assert n.point.is_monotonic_increasing and n.surely.is_monotonic_increasing and n.possibly.is_monotonic_increasing
+    sc.cut_figure(t, AB, 1)
+
+
+def test_partners_are_the_sum_of_the_reconstruction():
+    "What the partners, the latent's own row and the bias add to nu_r is nu_r."
+    x, doc, cc = random_case()
+    with torch.no_grad(): cc.W_dec[:8, 0] *= .01
+    S = sc.scan(FakeStore(x, doc), cc, AB, dtype=torch.float64); W = cc.W_dec.detach().double()
+    assert S["unequal"].tolist() == list(range(8))
+    f = dense(cc, x)[2].double(); total = S["by_block"].sum(0)
+    np.testing.assert_allclose(S["together"], (f[:, :8].T @ f).numpy(), rtol=1e-9)
+    for i, j in enumerate(S["unequal"]):
+        adds = S["together"][i]*(W[:, 0] @ W[j, 1]).numpy() + 0
+        bias = float(f[:, j].sum()*(cc.b_dec.detach().double()[0] @ W[j, 1]))
+        assert adds.sum() + bias == pytest.approx(total[j, 5 + 1], rel=1e-5)      # the target is A's reconstruction, the probe B's row
+        got = dict(p.split(":") for p in sc.partners(S["together"], S["unequal"], W, total, least=-9)[j].split())
+        for k, v in got.items():
+            if int(k) != j and total[j, 8] > 0: assert float(v) == pytest.approx(adds[int(k)]/total[j, 8], abs=.006)
+
+
+def test_null_directions_are_the_same_fit():
+    x, doc, cc = random_case()
+    S = sc.scan(FakeStore(x, doc), cc, AB, dtype=torch.float64); W = cc.W_dec.detach()
+    xn, codes, f = dense(cc, x); X, R, F = xn.double(), cc.decode(*codes, len(x)).detach().double(), f.double()
+    null, u, g = S["null"].reshape(24, 2, 2, -1), S["directions"], sc.gram(W)
+    for j in np.flatnonzero(S["count"] > 5)[:4]:
+        np.testing.assert_allclose(null[j, 0, 1, 3], float((F[:, j] * ((X - R)[:, 1] @ torch.from_numpy(u[:, 3]).double())).sum()), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(null[j, 1, 0, 5], float((F[:, j] * (R[:, 0] @ torch.from_numpy(u[:, 5]).double())).sum()), rtol=1e-5, atol=1e-6)
+        V = W.clone().double(); V[j, 1] = torch.from_numpy(u[:, 3])*g[j, 1, 1]**.5                  # the random direction as the probe, by the definition
+        one = sc.beta_direct(X, R, F, torch.stack([W[:, 0].double(), V[:, 1]], 1), j, 0, 1, "eps")
+        fit = (null[j, 0, 0, 3] + S["by_block"].sum(0)[j, 0]*float(W[j, 0].double() @ torch.from_numpy(u[:, 3]).double()))/(S["by_block"].sum(0)[j, 0]*g[j, 1, 1]**.5)
+        assert one == pytest.approx(fit, rel=1e-5)
+
+
+def minimise(loss):
+    "The number that makes a loss smallest, by autograd and LBFGS."
+    b = torch.zeros(1, dtype=torch.float64, requires_grad=True); opt = torch.optim.LBFGS([b], line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-16)
+    def closure():
+        opt.zero_grad(); v = loss(b); v.backward()
+        return v
+    for _ in range(5): opt.step(closure)
+    return b.item()
+
+
+def test_a_minimiser_finds_the_same_beta():
+    x, doc, cc = random_case()
+    S = sc.scan(FakeStore(x, doc), cc, AB, dtype=torch.float64); W = cc.W_dec.detach().double()
+    xn, codes, f = dense(cc, x); X, R, F = xn.double(), cc.decode(*codes, len(x)).detach().double(), f.double()
+    b = sc.betas(S["by_block"].sum(0), sc.gram(cc.W_dec.detach()))
+    for j in np.flatnonzero(S["count"] > 5)[:5]:
+        Y, d = X[:, 0] - R[:, 0] + F[:, j, None]*W[j, 0], F[:, j, None]*W[j, 1]
+        assert minimise(lambda b, Y=Y, d=d: (Y - b*d).pow(2).sum()) == pytest.approx(b["beta_eps_A_pB"][j], rel=1e-6, abs=1e-9)
+
+
+class Split(FakeStore):
+    "The same, with its last documents held out."
+    def split(self, held): n = self.doc[-1] + 1; cut = n - round(held*n); return (0, cut), (cut, n)
+
+
+def test_held_documents_are_measured_apart_in_the_same_pass():
+    x, doc, cc = toy(n=5000)
+    S = sc.scan(Split(x, doc), cc, AB, held=.2); t = sc.scaling_table(S, cc.W_dec.detach(), 20)
+    assert len(S["by_block"]) - S["n_blocks"] == 10
+    alone = sc.scaling_table(sc.scan(FakeStore(x[doc >= 160], doc[doc >= 160]), cc, AB), cc.W_dec.detach(), 20)
+    for n in sc.RATIOS: np.testing.assert_allclose(t[f"{n}_held"], alone[n], rtol=1e-5)
+    assert S["by_block"][S["n_blocks"]:, :, 0].sum() == pytest.approx(float(dense(cc, x[doc >= 160])[2].double().pow(2).sum()), rel=1e-6)
+
+
+def test_stretched_intervals_cover():
+    "Ratios of sums over documents whose size varies a lot: the plain percentile interval covers too rarely, the stretched one holds."
+    g, hits, plain, n = np.random.default_rng(0), 0, 0, 0
+    for _ in range(40):
+        blocks = np.zeros((40, 25, 2)); k = g.integers(0, 40, (25, 100))
+        for j in range(25):
+            b = g.lognormal(0, 1, 100); np.add.at(blocks[:, j, 1], k[j], b); np.add.at(blocks[:, j, 0], k[j], .3*b + .1*b*g.standard_normal(100))
+        iv = sc.intervals(blocks, lambda s, sl: {"v": (s[..., 0], s[..., 1])}, 200)
+        hits += ((iv["v_lo"] <= .3) & (.3 <= iv["v_hi"])).sum(); n += 25
+        w = g.multinomial(40, np.full(40, 1/40), 200); q = np.quantile((np.einsum("bk,kj->bj", w, blocks[..., 0])/np.einsum("bk,kj->bj", w, blocks[..., 1])), [.025, .975], axis=0)
+        plain += ((q[0] <= .3) & (.3 <= q[1])).sum()
+    assert .93 < hits/n < .98 and plain/n < .925
+
+
+def three(n=4000, seed=0):
+    "Three models in one dictionary: latents of all, of two, of one, one that the third has in its own direction."
+    g = torch.Generator().manual_seed(seed); u = torch.eye(20)
+    W = torch.zeros(5, 3, 20); W[0] = u[0]; W[1, 1:] = u[1]; W[2, 2] = u[2]; W[3, 0] = u[3]; W[4, :2] = u[4]; W[4, 2] = u[5]
+    cc = Crosscoder(20, 5, 2, ["P", "Q", "R"]); cc.W_dec.data, cc.W_enc.data = W.clone(), W.clone(); cc.theta.fill_(.3)
+    f = (torch.rand(n, 5, generator=g).log().neg() + .5)*(torch.rand(n, 5, generator=g) < .2)
+    return torch.einsum("nj,jmd->nmd", f, W) + .02*torch.randn(n, 3, 20, generator=g), np.arange(n)//25, cc
+
+
+def test_the_set_of_models_that_have_a_latent():
+    x, doc, cc = three()
+    h = sc.holders(sc.scan(FakeStore(x, doc), cc, cc.names), cc.W_dec.detach(), cc.names)
+    assert h.models.tolist() == ["P+Q+R", "Q+R", "R", "P", "P+Q+R"]
+    assert h.rotated.tolist() == [False]*4 + [True] and not h.undecided.any() and not h.isna().any().any()
+    two = toy(); S = sc.scan(FakeStore(*two[:2]), two[2], AB); W = two[2].W_dec.detach()
+    a, b = sc.holders(S, W, AB, n_boot=50), sc.judge(sc.scaling_table(S, W, 50), AB)
+    assert [(m == "A") for m in a.models] == [(v == "unique-A") for v in b.verdict] and [(m == "B") for m in a.models] == [(v == "unique-B") for v in b.verdict]
 
 
 def test_intervals_widen_with_fewer_documents_and_repeat():
