@@ -24,7 +24,8 @@ def choose_latents(t,               # latents table of a pair, with verdict, ali
                    seed=0)->np.ndarray: # latent ids, unique-B first, then unique-A, then shared
     "The latents to look at; none if nothing is unique."
     t = t.sort_values(["C", "latent"], ascending=[False, True])
-    unique = [t.latent[t.verdict == v].to_numpy()[:max_latents] for v in ("unique-B", "unique-A")]
+    point = t.point if "point" in t else t.verdict                      # surely unique ones first, then those of the published cuts alone
+    unique = [np.r_[t.latent[t.verdict == v], t.latent[(point == v) & (t.verdict != v)]][:max_latents] for v in ("unique-B", "unique-A")]
     shared = np.sort(t.latent[t.verdict == "shared"].to_numpy())
     if sum(map(len, unique)) == 0: return np.zeros(0, dtype=np.int64)
     pick = np.sort(shared[np.argsort(mix(seed, shared), kind="stable")[:n_shared]])
