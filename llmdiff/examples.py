@@ -6,7 +6,7 @@
 __all__ = ['CAND', 'LOW', 'FIELDS', 'CSS', 'choose_latents', 'ranked', 'place_of', 'doc_maxima', 'above_floor', 'keep_best',
            'same_text', 'first_of_text', 'silent_candidates', 'wanted_codes', 'pairs_in', 'collect', 'token_text',
            'pieces', 'windower', 'spread', 'unlike', 'contexts', 'top_contexts', 'shown', 'shade', 'Card', 'card',
-           'load_examples', 'latent_card', 'pair_examples']
+           'load_examples', 'viewer', 'pair_examples']
 
 # %% ../nbs/08_examples.ipynb #c002
 import html, re, unicodedata
@@ -252,7 +252,7 @@ def card(r,    # row of the latents table
     "The card of one latent."
     (A, B), pair = names, pair_name(names); top = max(e.act.max() if len(e) else 0, 1e-9); wide = max(r.norm_A, r.norm_B, 1e-9)
     label = r.get("label"); label = label if isinstance(label, str) and label else "no label yet"
-    P = "A" if r.verdict == "unique-A" else "B"
+    P = "A" if "unique-A" in (r.verdict, r.get("point")) else "B"
     ci = lambda n: f"{n} {_num(r[f'{n}_{P}'])} ({_num(r[f'{n}_{P}_lo'])} to {_num(r[f'{n}_{P}_hi'])})"
     out = [f"<p><b>{shown(label)}</b> <span class='ld-s'>latent {int(r.latent)} of {shown(pair)}</span></p>",
            f"<p><b>{shown(r.verdict)}</b>: {shown(r.reason)}</p>"]
@@ -265,21 +265,27 @@ def card(r,    # row of the latents table
     if not len(e): out.append("<p class='ld-s'>no contexts were collected for this latent</p>")
     return Card(f"<div class='ld-card tex2jax_ignore mathjax_ignore'>{''.join(out)}</div>", f"latent {int(r.latent)} of {pair}: {label} ({r.verdict})")
 
-def _num(v): return "undefined" if np.isnan(v) else f"{v:.2f}"
+def _num(v): return f"{v:.2f}" if np.isfinite(v) else "undefined"
 
 def load_examples(pair, run): # name of the pair, the `run` parameter
     "The examples table of a pair."
     return pd.read_parquet(need(path(run)/"examples"/f"{pair}.parquet", "08_examples"))
 
-def latent_card(latent, # its number
-                pair,   # e.g. "pt-SimPO"
-                run     # the `run` parameter
-               )->Card:
-    "The card of a latent of a run."
-    t, e = latents(pair, run), load_examples(pair, run)
-    r = t[t.latent == latent]
-    check(len(r), f"pair {pair} has no latent {latent}: they are numbered 0 to {len(t) - 1}")
-    return card(r.iloc[0], e[e.latent == latent], read_config(path(run)/"crosscoder"/pair)["names"])
+def viewer(pair,       # its name, e.g. "pt-SimPO"
+           run,        # the `run` parameter
+           models=None # the run's models, name -> spec: with them the contexts of any latent are collected when it is asked for (one pass over the store)
+          ):           # -> function: latent -> Card
+    "`latent = viewer(pair, run, models)`, then `latent(1234)` in a cell shows the latent."
+    from llmdiff.corpus import load_corpus
+    from llmdiff.models import load_tokenizer
+    t, e, names = latents(pair, run), load_examples(pair, run), read_config(path(run)/"crosscoder"/pair)["names"]
+    def latent(j):
+        nonlocal e
+        check(j in set(t.latent), f"pair {pair} has no latent {j}: they are numbered 0 to {len(t) - 1}")
+        if models and j not in set(e.latent):
+            e = pd.concat([e, top_contexts(*open_pair(run, names), names, load_corpus(run), load_tokenizer(models), [j])], ignore_index=True)
+        return card(t[t.latent == j].iloc[0], e[e.latent == j], names)
+    return latent
 
 # %% ../nbs/08_examples.ipynb #c033
 def pair_examples(run, pair, docs, tok, max_latents=40, n_shared=10, seed=0, **kw)->pd.DataFrame:

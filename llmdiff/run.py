@@ -564,10 +564,10 @@ def cmd_presets(a):
 def cmd_card(a):
     "`llmdiff card`"
     from html import escape
-    from llmdiff.examples import latent_card
+    from llmdiff.examples import viewer
     R = Path(a.runs or root()/"runs").expanduser().resolve()/a.preset
     check(R.is_dir(), f"{shown(R, root())} does not exist: `llmdiff run --preset {a.preset}` makes it")
-    body = latent_card(a.latent, a.pair, str(R))._repr_html_()
+    body = viewer(a.pair, str(R), load_preset(a.preset).get("models"))(a.latent)._repr_html_()
     out = Path(a.out) if a.out else R/"cards"/f"{a.pair}_{a.latent}.html"
     with atomic(out) as t:
         t.write_text(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(a.pair)} latent {a.latent}</title></head>'

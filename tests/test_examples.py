@@ -268,9 +268,19 @@ def test_pair_examples_and_card_of_a_run(run):
     ex.pair_examples(R, AB, w.docs, Tok(), max_latents=3, n_shared=2)
     assert first == (R/"examples"/"A-B.parquet").read_bytes()
     assert pq.read_schema(R/"examples"/"A-B.parquet").equals(ex.FIELDS, check_metadata=False)
-    j = int(e.latent[0]); c = ex.latent_card(j, "A-B", R)
+    j = int(e.latent[0]); c = ex.viewer("A-B", R)(j)
     assert f"latent {j} of A-B" in repr(c) and Strict(c._repr_html_()).open == []
-    with pytest.raises(UserError, match="no latent 99"): ex.latent_card(99, "A-B", R)
+    with pytest.raises(UserError, match="no latent 99"): ex.viewer("A-B", R)(99)
+
+
+def test_a_viewer_collects_the_contexts_of_any_latent(run, monkeypatch):
+    w, R, verdicts = run; verdicts(["unique-B", "shared"])
+    e = ex.pair_examples(R, AB, w.docs, Tok(), max_latents=1, n_shared=0)
+    from llmdiff import corpus, models
+    monkeypatch.setattr(corpus, "load_corpus", lambda run: w.docs); monkeypatch.setattr(models, "load_tokenizer", lambda m: Tok())
+    j = next(j for j in range(D) if j not in set(e.latent) and w.dense()[:, j].any())
+    assert "no contexts" in ex.viewer("A-B", R)(j)._repr_html_()
+    assert "strongest" in ex.viewer("A-B", R, {"A": "a"})(j)._repr_html_()
 
 
 def test_a_pair_with_nothing_unique_is_a_result(run):
@@ -278,7 +288,7 @@ def test_a_pair_with_nothing_unique_is_a_result(run):
     e = ex.pair_examples(R, AB, w.docs, Tok())
     got = ex.load_examples("A-B", R)
     assert len(e) == len(got) == 0 and list(got.columns) == ex.FIELDS.names
-    assert "no contexts" in ex.latent_card(0, "A-B", R)._repr_html_()
+    assert "no contexts" in ex.viewer("A-B", R)(0)._repr_html_()
 
 
 def test_missing_examples_name_the_step(tmp_path):
