@@ -1,7 +1,7 @@
 """The causal check: the patch equation, the machinery on many architectures, controls, intervals, planted answers, ablation, steering."""
 import numpy as np, pandas as pd, pytest, torch, transformers
 from llmdiff import causal
-from llmdiff.caching import residual, stream, tap
+from llmdiff.caching import residual, tap
 from llmdiff.causal import (against, answer_positions, before_head, by_energy, causal_pair, check_logits, choose_chats, codes_of, control_sets, energies, folded, in_words, kl_rows, latent_sets,
                             latent_steps, logits, patch_kl, pushes, recovered, shift, side_by_side, single_effects, stand_in, steer_pair, steer_texts, steered_answers, steering_in_words, streams, variants)
 from llmdiff.core import UserError, latents, save_latents
