@@ -164,7 +164,7 @@ def matched(unique, pool, # latent numbers: to be replaced, to choose from
 def latent_sets(table,    # latents table of the pair, with `verdict` and `alive`
                 n_random=20, seed=0,
                 energy=None, # [n_latents], see `energies`; without it there are no matched sets
-                near=20
+                near=10
                )->dict:   # name -> [n_latents] bool
     "The sets of latents that are patched in or taken out."
     t = table.sort_values("latent"); is_in = lambda js: torch.from_numpy(np.isin(np.arange(len(t)), js))
@@ -452,6 +452,7 @@ def steering_figure(t): # the table `steering`, not empty
             col[0].errorbar(g.a, g.kl, [g.kl - g.kl_lo, g.kl_hi - g.kl], **look)
             if A: col[1].errorbar(g.a, g.recovered, [g.recovered - g.lo, g.hi - g.recovered], **look)
         col[0].set_title(n, fontsize="medium"); col[1].axhline(0, color="k", lw=.6); col[1].set_xlabel("strength a"); col[0].legend(fontsize=6, frameon=False)
+        col[0].set_yscale("log"); col[1].set_yscale("symlog", linthresh=.1)
     axes[0, 0].set_ylabel("KL to unsteered (nats)"); axes[1, 0].set_ylabel("share recovered in A")
     fig.suptitle(f"{t.docs.iloc[0]} documents, {t.tokens.iloc[0]} answer tokens; random: the same length in a random direction", fontsize="small"); fig.tight_layout(); plt.close(fig)
     return fig
