@@ -437,7 +437,7 @@ def in_words(f, tests, way): # from `folded`, of one pair; from `against`, of it
     v, share, k = f.set_index("patch"), WAYS[way]["share"], int(f.latents[f.patch == "unique-B"].iloc[0]); name = f.pair.iloc[0]
     if not k: return f"{name}: no latent is unique to B, so there is nothing to {way}."
     vs = "; ".join(f"against {r.control} sets of {k} ({r['mean']:.1%} on average, {r.most:.1%} at most) p = {r.p:.3f}, difference {100*r.difference:.1f} points ({100*r.lo:.1f} to {100*r.hi:.1f})" for _, r in tests.iterrows())
-    what = f"{k} unique latent{'s'*(k > 1)} " + (f"recover{'s'*(k == 1)}" if way == "patch" else "taken from B lose") + f" {v[share]['unique-B']:.1%} of the KL ({v.lo['unique-B']:.1%} to {v.hi['unique-B']:.1%})"
+    what = (f"{k} unique latent{'s'*(k > 1)} recover{'s'*(k == 1)}" if way == "patch" else f"without its {k} unique latent{'s'*(k > 1)} B loses") + f" {v[share]['unique-B']:.1%} of the KL ({v.lo['unique-B']:.1%} to {v.hi['unique-B']:.1%})"
     return f"{name}: {what}; {vs}. All latents: {v[share]['all latents']:.1%}; {f.patch.iloc[-2]}: {v[share].iloc[-2]:.1%}."
 
 # %% ../nbs/07_causal.ipynb #c056

@@ -158,7 +158,7 @@ def test_a_planted_latent_is_the_whole_effect():
         for t in x.attrs["against"]: assert t["p"] == 1/20 and abs(t["mean"]) < 1e-5 and np.isclose(t["difference"], t["unique"], atol=1e-5) and t["lo"] > 0
     one = single_effects(r, 48)
     assert list(one.latent) == list(range(48)) and one.kl_recovered.notna().sum() == 1 and one.kl_recovered[0] == v.recovered["unique-B"] and one.kl_recovered_lo[0] == v.lo["unique-B"]
-    assert "1 unique latent recovers" in in_words(folded(r), pd.DataFrame(r.attrs["against"]), "patch") and "taken from B" in in_words(folded(l), pd.DataFrame(l.attrs["against"]), "ablate")
+    assert "1 unique latent recovers" in in_words(folded(r), pd.DataFrame(r.attrs["against"]), "patch") and "without its 1 unique latent B loses" in in_words(folded(l), pd.DataFrame(l.attrs["against"]), "ablate")
 
 def test_a_unique_set_that_does_nothing_beats_no_control():
     a, b, cc, _ = planted(); c = chats(3); t = table(unique=2); t.loc[0, "verdict"], t.loc[5, "verdict"] = "shared", "unique-B"
@@ -260,11 +260,11 @@ def test_bootstrap_is_over_documents():
     assert np.allclose(one.hi - one.lo, many.hi - many.lo)                                             # more tokens of the same documents add no certainty
 
 def test_first_ten_tokens_and_the_rest_have_their_own_shares():
-    rows = [dict(doc=d, place=p, patch=n, kl=1. if n == "none" else (.2 if p < 10 else .7)) for d in range(8) for p in range(30 if d else 5) for n in ("none", "some")]
-    s = recovered(pd.DataFrame(rows)).set_index("patch").loc["some"]                                   # document 0 has no token after the tenth
-    assert np.isclose(s.first10, .8) and np.isclose(s.rest, .3) and np.isclose(s.kl_rest, .7) and s.rest < s.recovered < s.first10 and np.isclose(s.rest_lo, .3) and np.isclose(s.rest_hi, .3)
+    rows = [dict(doc=d, place=p, patch=n, kl=1. if n == "none" else ([.2]*9 + [.4] + [.7]*20)[p]) for d in range(8) for p in range(30 if d else 10) for n in ("none", "some")]
+    s = recovered(pd.DataFrame(rows)).set_index("patch").loc["some"]                                   # document 0 has ten tokens only
+    assert np.isclose(s.first10, .78) and np.isclose(s.rest, .3) and np.isclose(s.kl_rest, .7) and s.rest < s.recovered < s.first10 and np.isclose(s.rest_lo, .3) and np.isclose(s.rest_hi, .3)
     short = recovered(pd.DataFrame([r for r in rows if r["place"] < 10])).set_index("patch").loc["some"]
-    assert np.isnan(short.rest) and np.isnan(short.rest_lo) and np.isclose(short.first10, .8)
+    assert np.isnan(short.rest) and np.isnan(short.rest_lo) and np.isclose(short.first10, .78)
 
 def test_rank_p_value_and_difference():
     def kl(unique, controls): return pd.DataFrame([dict(doc=d, place=0, patch=n, kl=v) for d in range(6) for n, v in {"none": 1., "unique-B": 1 - unique, **{f"matched {i+1}": 1 - c for i, c in enumerate(controls)}}.items()])
