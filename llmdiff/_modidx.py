@@ -470,6 +470,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'llmdiff.run.declared': ('run.html#declared', 'llmdiff/run.py'),
                              'llmdiff.run.environment': ('run.html#environment', 'llmdiff/run.py'),
                              'llmdiff.run.execute': ('run.html#execute', 'llmdiff/run.py'),
+                             'llmdiff.run.extra': ('run.html#extra', 'llmdiff/run.py'),
                              'llmdiff.run.files_of': ('run.html#files_of', 'llmdiff/run.py'),
                              'llmdiff.run.fit': ('run.html#fit', 'llmdiff/run.py'),
                              'llmdiff.run.fold': ('run.html#fold', 'llmdiff/run.py'),

@@ -206,25 +206,30 @@ def planted_finding(t, reference="it")->str:
 # %% ../nbs/10_tables.ipynb #c033
 def unique_set(pair, # [A, B]
                side, # "A" or "B"
-               run   # the `run` parameter
+               run,  # the `run` parameter
+               counted="verdict", # or "point"
+               min_replicated=0.  # share of other seeds
               )->pd.DataFrame: # latent, label, category, class, category_name, annotator
-    "The annotated latents whose verdict is unique to one side of a pair."
+    "The annotated latents that are unique to one side of a pair."
+    check(counted in ("verdict", "point"), f"counted = {counted!r}: choose verdict or point")
     t = latents(pair_name(pair), run)
-    check({"verdict", "annotator"} <= set(t.columns), f"the latents of {pair_name(pair)} have no verdict or no annotation: run notebooks 06_scaling and 09_annotation first")
-    t = t[(t.verdict == f"unique-{side}") & t.annotator.notna()]
+    check({counted, "annotator"} <= set(t.columns), f"the latents of {pair_name(pair)} have no {counted} or no annotation: run notebooks 06_scaling and 09_annotation first")
+    check(not min_replicated or "replicated" in t, f"the latents of {pair_name(pair)} were not looked for in other seeds: run notebook 80_replication first, or set min_replicated = 0")
+    t = t[(t[counted] == f"unique-{side}") & t.annotator.notna()]
+    if min_replicated: t = t[t.replicated >= min_replicated]
     return t[["latent", "label", "category", "class", "category_name", "annotator"]].reset_index(drop=True)
 
 def _column(df, *names): # the first of these columns that is there, in any case
     have = {c.lower(): c for c in df.columns}
     return next((df[have[n.lower()]] for n in names if n.lower() in have), pd.Series(np.nan, index=df.index))
 
-def main_table(pairs, run)->pd.DataFrame: # one row a pair
+def main_table(pairs, run, **which)->pd.DataFrame: # `which` is for `unique_set`; one row a pair
     "What the run found, pair by pair: training, unique latents, annotation."
     R, rows = run_dir(run)/"tables", []
     read = lambda n: pd.read_csv(R/f"{n}.csv").set_index("pair") if (R/f"{n}.csv").exists() else pd.DataFrame(index=pd.Index([], name="pair"))
     tr, un = (read(n).reindex([pair_name(p) for p in pairs]) for n in ("training", "unique_counts"))
     for p in pairs:
-        both = pd.concat([unique_set(p, s, run) for s in "AB"]); assigned = both[both["class"] != ""]
+        both = pd.concat([unique_set(p, s, run, **which) for s in "AB"]); assigned = both[both["class"] != ""]
         top = assigned["class"].value_counts(sort=False).sort_index().sort_values(ascending=False, kind="stable")
         rows.append({"annotated": len(both), "unassigned (%)": 100*(1 - len(assigned)/len(both)) if len(both) else np.nan, "top class": f"{top.index[0]} ({top.iloc[0]})" if len(top) else "–"})
     num = {"tokens": _column(tr, "tokens"), "FVE A": _column(tr, "fve_A"), "FVE B": _column(tr, "fve_B"), "latents": _column(un, "latents"),

@@ -37,7 +37,7 @@ def shipped():
 # ---- notebooks
 
 def test_the_chain_is_complete():
-    assert [f.name[:2] for f in R.steps(ROOT)][:10] == [f"{i:02d}" for i in range(1, 11)]
+    assert [f.name[:2] for f in R.pick(R.steps(ROOT))] == [f"{i:02d}" for i in range(1, 11)]
 
 
 @numbered
@@ -165,7 +165,7 @@ def test_published_set_is_whole():
 
 def test_tiny_leaves_tables_and_figures(tiny):
     assert (tiny/"tables"/"main.csv").exists() and list((tiny/"figures").glob("*.png"))
-    assert {f.stem for f in tiny.glob("*.ipynb")} == {f.stem for f in R.steps(ROOT)}
+    assert {f.stem for f in tiny.glob("*.ipynb")} == {f.stem for f in R.pick(R.steps(ROOT))}
     assert not list(tiny.rglob(".*.tmp*"))
     for nb in sorted(tiny.glob("*.ipynb")):
         for c, o, text in outputs(nb):
@@ -183,7 +183,7 @@ def test_tiny_twice_gives_the_same_bytes(tiny, tmp_path):
 
 def test_tiny_is_up_to_date(tiny):
     r = llmdiff("run", "--preset", "tiny", "--runs", str(tiny.parent))
-    assert r.returncode == 0 and r.stdout.count("up to date") == len(R.steps(ROOT)), r.stdout
+    assert r.returncode == 0 and r.stdout.count("up to date") == len(R.pick(R.steps(ROOT))), r.stdout
 
 
 def test_a_step_alone_names_what_it_needs(tmp_path):

@@ -155,6 +155,7 @@ def test_planted_without_latents():
 
 def make_run(folder, annotated=True):
     v = pd.DataFrame({"latent": range(8), "verdict": ["unique-B", "unique-B", "unique-A", "shared", "unique-B", "dead", "unique-B", "other"], "reason": "x", "count": 9})
+    v["point"] = v.verdict.where(v.latent != 3, "unique-B")
     save_latents(v, "pt-it", "06_scaling", folder)
     if annotated:
         rows = [dict(latent=j, category=c, annotator="offline MiniLM", label="<b>", answer="ok") for j, c in ((0, "G.24"), (1, ""), (2, "A.1"), (3, "B.7"), (4, "G.24"))]
@@ -166,6 +167,15 @@ def test_unique_set_takes_annotated_latents_with_the_verdict(tmp_path):
     b = tb.unique_set(["pt", "it"], "B", tmp_path)
     assert list(b.latent) == [0, 1, 4] and list(b.category) == ["G.24", "", "G.24"]       # 6 is unique but was not annotated
     assert list(tb.unique_set(["pt", "it"], "A", tmp_path).latent) == [2]
+
+
+def test_which_latents_count(tmp_path):
+    make_run(tmp_path)
+    assert list(tb.unique_set(["pt", "it"], "B", tmp_path, counted="point").latent) == [0, 1, 3, 4]
+    with pytest.raises(UserError, match="80_replication"): tb.unique_set(["pt", "it"], "B", tmp_path, min_replicated=.5)
+    with pytest.raises(UserError, match="verdict or point"): tb.unique_set(["pt", "it"], "B", tmp_path, counted="all")
+    save_latents(pd.DataFrame({"latent": range(8), "replicated": [1, .5, 0, 1, 0, np.nan, 1, 0]}), "pt-it", "80_replication", tmp_path)
+    assert list(tb.unique_set(["pt", "it"], "B", tmp_path, min_replicated=.5).latent) == [0, 1]
 
 
 def test_a_run_without_annotation_says_which_step_is_missing(tmp_path):
