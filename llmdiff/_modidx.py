@@ -440,7 +440,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmdiff.replication.pearson': ('replication.html#pearson', 'llmdiff/replication.py'),
                                      'llmdiff.replication.random_rows': ('replication.html#random_rows', 'llmdiff/replication.py'),
                                      'llmdiff.replication.replicate_pair': ('replication.html#replicate_pair', 'llmdiff/replication.py'),
-                                     'llmdiff.replication.replicated_set': ('replication.html#replicated_set', 'llmdiff/replication.py'),
                                      'llmdiff.replication.replication_columns': ( 'replication.html#replication_columns',
                                                                                   'llmdiff/replication.py'),
                                      'llmdiff.replication.replication_finding': ( 'replication.html#replication_finding',

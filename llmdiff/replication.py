@@ -6,8 +6,8 @@
 __all__ = ['REPORTED', 'COLOURS', 'check_seeds', 'seed_folder', 'train_seeds', 'views', 'row_cosine', 'new_pairs', 'add_pairs',
            'pearson', 'codes_of', 'shuffled', 'coactivation', 'match', 'random_rows', 'find_matches', 'candidates',
            'seen_there', 'replication_columns', 'first_verdicts', 'replicate_pair', 'replication_rows',
-           'replication_finding', 'match_figure', 'replicated_set', 'restricted', 'holders_of', 'check_joint', 'in_set',
-           'set_counts', 'set_figure', 'alike', 'agreement', 'alone', 'joint_rows', 'joint_finding']
+           'replication_finding', 'match_figure', 'restricted', 'holders_of', 'check_joint', 'in_set', 'set_counts',
+           'set_figure', 'alike', 'agreement', 'alone', 'joint_rows', 'joint_finding']
 
 # %% ../nbs/80_replication.ipynb #c002
 from pathlib import Path
@@ -220,35 +220,30 @@ def replication_finding(t # table of `replication_rows`, all pairs
 # %% ../nbs/80_replication.ipynb #c035
 COLOURS = {"unique-B": "#7b2d8b", "unique-A": "#d55e00", "shared": "0.45", "chance": "#0072b2"}
 
-def match_figure(parts # list of (pair, columns, chance, tokens)
-                ):     # -> Figure
-    "Distribution of the partners' cosine and correlation: unique latents (published rule), shared ones, chance."
+def match_figure(parts, # list of (pair, columns, chance)
+                 n_tokens, n_seeds, cos_cut=.7, corr_cut=.5): # -> Figure
+    "Distribution of the matches' cosine and correlation (mean over seeds): unique latents by the published rule, shared ones, chance."
     from matplotlib import pyplot as plt
-    fig, axes = plt.subplots(2, len(parts), figsize=(3.1*len(parts), 4.6), sharex=True, sharey=True, squeeze=False)
-    for (name, cols, chance, n), ax in zip(parts, axes.T):
-        for v, c in COLOURS.items():
-            d = chance.rename(columns=dict(cos="match_cos", corr="match_corr")) if v == "chance" else cols[cols.point == v]
-            for a, x in zip(ax, ("match_cos", "match_corr")):
-                z = np.sort(d[x].dropna()); a.plot(z, np.arange(1, len(z) + 1)/max(len(z), 1), color=c, lw=1.4, label=f"{v} ({len(z)})")
-        ax[0].set_title(f"{name}: {n:,} tokens", fontsize="small"); ax[0].legend(fontsize=7, frameon=False, loc="upper left")
-        ax[0].set_xlabel("decoder cosine", fontsize="small"); ax[1].set_xlabel("correlation of activations", fontsize="small")
-    for a in axes[:, 0]: a.set_ylabel("share of latents below", fontsize="small")
-    axes[0, 0].set(xlim=(-.15, 1.02), ylim=(0, 1.02)); fig.tight_layout(); plt.close(fig)
+    fig, axes = plt.subplots(2, len(parts), figsize=(max(5, 2.5*len(parts)), 4.4), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for (name, cols, chance), ax in zip(parts, axes.T):
+        groups = {v: cols[cols.point == v] for v in ("unique-B", "unique-A", "shared")} | {"chance": chance.rename(columns=dict(cos="match_cos", corr="match_corr"))}
+        for v, d in groups.items():
+            for a, x in zip(ax, ("match_cos", "match_corr")): a.ecdf(d[x].dropna(), color=COLOURS[v], lw=1.3, label=v) if d[x].notna().any() else a.plot([], [], color=COLOURS[v], label=v)
+        ax[0].set_title(name + "\n" + ", ".join(f"{len(d)} {v}" for v, d in groups.items() if v != "chance"), fontsize=8)
+        for a, cut, x in zip(ax, (cos_cut, corr_cut), ("decoder cosine", "correlation")): a.axvline(cut, color="0.6", lw=.8, ls=":"); a.set_xlabel(x, fontsize=9)
+    for a in axes[:, 0]: a.set_ylabel("share below", fontsize=9)
+    axes[0, 0].set(xlim=(-.15, 1.02)); fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    fig.suptitle(f"{n_tokens:,} tokens, {n_seeds} seeds; dotted: the cuts", fontsize=9); plt.close(fig)
     return fig
 
 # %% ../nbs/80_replication.ipynb #c037
-def replicated_set(pair, side, run, min_replicated=.5)->pd.DataFrame:
-    "`tables.unique_set`, restricted to latents that replicate in at least this share of the other seeds."
-    t = latents(pair_name(pair), run)
-    check("replicated" in t, f"the latents of {pair_name(pair)} have no replication: run notebook 80_replication first")
-    return unique_set(pair, side, run).merge(t.loc[t.replicated >= min_replicated, ["latent", "replicated"]], on="latent")
-
-def restricted(x, y, run, base, taxonomy, min_replicated=.5, n=10000, seed=0): # names of two models -> table, sentence
+def restricted(x, y, run, base, taxonomy, # names of two models
+               min_replicated=.5, counted="verdict", n=10000, seed=0): # -> table, sentence
     "The class table of what x and y have against the base, replicated latents only."
-    sets = [([base, m], replicated_set([base, m], "B", run, min_replicated)) for m in (x, y)]
-    t = class_table(*(s for _, s in sets), taxonomy); _, p = permutation_test(t.count_A[:-1], t.count_B[:-1], n, seed)
-    left = "; ".join(f"{len(s)} of {len(unique_set(q, 'B', run))} annotated unique-B latents of {pair_name(q)} replicate" for q, s in sets)
-    return t, f"{left}. {class_finding(t, x, y, p)}"
+    full, few = ([unique_set([base, m], "B", run, counted, c) for m in (x, y)] for c in (0, min_replicated))
+    t = class_table(*few, taxonomy); _, p = permutation_test(t.count_A[:-1], t.count_B[:-1], n, seed)
+    left = " and ".join(f"{len(s)} of {len(a)} annotated latents unique to {m}" for s, a, m in zip(few, full, (x, y)))
+    return t, f"{left} replicate. {class_finding(t, x, y, p)}"
 
 # %% ../nbs/80_replication.ipynb #c039
 def holders_of(store, cc, n_blocks=40, n_boot=500, seed=0, held=.1, **cuts)->pd.DataFrame: # one row a latent
@@ -289,7 +284,7 @@ def set_figure(c,     # from `set_counts`
     for i, s in enumerate(d.models):
         on = [y for y, m in enumerate(names) if m in s.split("+")]
         low.scatter([i]*len(names), range(len(names)), s=26, color="0.88"); low.plot([i]*len(on), on, "o-", color="0.2", ms=5.5)
-    top.set(ylabel="latents", yscale="symlog", ylim=(0, None)); top.set_title(title, fontsize="small")
+    top.set(ylabel="latents", yscale="symlog", ylim=(0, None)); top.set_title(title, fontsize="small", pad=14)
     low.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5), xticks=[]); low.spines[:].set_visible(False)
     fig.tight_layout(); plt.close(fig)
     return fig
@@ -344,11 +339,10 @@ def joint_finding(t, # table of `joint_rows`
                   compare)->str:
     "Whether the joint dictionary and the pairs agree, in words."
     num = lambda r: f"kappa {r.kappa:.2f} ({r.kappa_lo:.2f} to {r.kappa_hi:.2f})" if r.kappa == r.kappa else "kappa undefined"
-    said = []
+    each, said = lambda d: ", ".join(f"{r.both} of {r.unique_pair}" for r in d.itertuples()) or "–", []
     for p, d in t.groupby("pair", sort=False):
-        r, self = d.iloc[0], d[d.against.str.startswith("seed")]
-        others = d[d.against.eq(r.against) & (d.seed != r.seed)]
-        said.append(f"{p}: {r.unique_pair} latents of the first dictionary are {compare}'s alone; {r.matched} of them have a match in the joint dictionary, and of the {r.both + r.only_pair} that are decided {r.both} are so there too "
-                    f"({num(r)} over {r.compared} matched latents). From other seeds, without the common start: {', '.join(f'{x.both} of {x.unique_pair}' for _, x in others.iterrows()) or '–'}; "
-                    f"the pair with its own other seeds: {', '.join(f'{x.both} of {x.unique_pair}' for _, x in self.iterrows()) or '–'}.")
+        r = d.iloc[0]; again, own = d[d.against.eq(r.against) & (d.seed != r.seed)], d[d.against.str.startswith("seed")]
+        if not d.unique_pair.any(): said.append(f"{p}: no dictionary has a latent of {compare} alone, so there is nothing to look for."); continue
+        said.append(f"{p}: {r.unique_pair} latents of the first dictionary are of {compare} alone; {r.matched} have a match in the joint dictionary, {r.both + r.only_pair} of these are decided in both, and {r.both} are so there too "
+                    f"({num(r)} over {r.compared} matched latents). From other seeds, without the common start: {each(again)}; the first dictionary against the pair's own other seeds: {each(own)}.")
     return "\n".join(said)

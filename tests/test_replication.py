@@ -257,9 +257,9 @@ def test_class_tables_keep_replicated_latents_only(tmp_path):
     annotated(tmp_path, "pt-it", [one]*3 + [two], [1, .5, 0, 1]); annotated(tmp_path, "pt-SimPO", [two]*2, [0, .4])
     t, said = rp.restricted("it", "SimPO", tmp_path, "pt", tax, .5, n=100)
     assert t.set_index("class").loc[[one, two], "count_A"].tolist() == [2, 1] and t.n_A[0] == 3 and t.n_B[0] == 0
-    assert "3 of 4 annotated unique-B latents of pt-it" in said and "0 of 2 annotated unique-B latents of pt-SimPO" in said and "nothing to compare" in said
+    assert "3 of 4 annotated latents unique to it and 0 of 2 annotated latents unique to SimPO replicate" in said and "nothing to compare" in said
     annotated(tmp_path, "pt-DPO", [one], None)
-    with pytest.raises(UserError, match="pt-DPO have no replication: run notebook 80"): rp.replicated_set(["pt", "DPO"], "B", tmp_path)
+    with pytest.raises(UserError, match="80_replication"): rp.restricted("it", "DPO", tmp_path, "pt", tax)
 
 
 # ---- many models
@@ -290,7 +290,7 @@ def test_sets_of_models_are_found_by_training():
     cc = set_normalisation(Crosscoder(48, 40, 2, NAMES, seed=1), x.double().mean(0), x.double().var(0, unbiased=False).sum(1))
     def batches(start):
         for i in itertools.count(start): yield x[torch.randint(len(x), (256,), generator=torch.Generator().manual_seed(i))]
-    train(batches, cc, 1200, 5e-3, dead_after=4000, k_aux=8); calibrate(cc, [cc.normalise(x[:4000])])
+    train(batches, cc, 700, 5e-3, dead_after=4000, k_aux=8); calibrate(cc, [cc.normalise(x[:4000])])
     h = sc.holders(sc.scan(store, cc, NAMES), cc.W_dec.detach(), NAMES)
     cos = torch.nn.functional.normalize(cc.W_dec.detach().flatten(1), dim=1) @ torch.nn.functional.normalize((W*cc.scale.float()[:, None]).flatten(1), dim=1).T
     hit = cos.max(1); clear = (hit.values > .9).numpy() & (h["count"] >= 10).to_numpy()
@@ -310,9 +310,9 @@ def test_joint_rows_compare_every_seed_with_the_joint_dictionary():
     t = pd.DataFrame(rp.joint_rows(store, AB, ccs, tables, joint, h, "B"))
     assert t[["seed", "against"]].values.tolist() == [[0, "joint: B, not A"], [0, "joint: B only"], [0, "joint, published rule"], [0, "seed 1"], [1, "joint: B, not A"], [1, "joint: B only"]]
     assert (t.unique_pair == 8).all() and t.both.tolist() == [8, 4, 8, 8, 8, 4] and t.kappa[[0, 2, 3, 4]].eq(1).all() and t.only_pair.tolist() == [0, 4, 0, 0, 0, 4]
-    s = rp.joint_finding(t, "B"); assert "of the 8 that are decided 8 are so there too" in s and "8 of 8" in s
-    none = rp.joint_rows(store, AB, ccs[:1], tables[:1], joint, h, "B", min_count=10**6)             # nothing can be judged
-    assert none[0]["unique_pair"] == 0 and np.isnan(none[0]["kappa"]) and "nan" not in rp.joint_finding(pd.DataFrame(none), "B")
+    s = rp.joint_finding(t, "B"); assert "8 have a match in the joint dictionary, 8 of these are decided in both, and 8 are so there too (kappa 1.00" in s and "8 of 8" in s
+    none = rp.joint_rows(store, AB, ccs[:1], [tables[0].assign(point="shared")], joint, h, "B", min_count=10**6)             # nothing can be judged
+    assert none[0]["unique_pair"] == 0 and np.isnan(none[0]["kappa"]) and "nothing to look for" in rp.joint_finding(pd.DataFrame(none), "B")
 
 
 def test_agreement_leaves_out_the_undecided_and_the_unmatched():
@@ -322,6 +322,13 @@ def test_agreement_leaves_out_the_undecided_and_the_unmatched():
     for one, other in (([1, 0, 0, 0, 0], [0]*4), ([0]*5, [0, 0, 0, 1])):              # undecided here, or there
         a = rp.agreement(m, np.array([1, 1, 0, 1, 0], bool), np.array([0, 1, 0, 1], bool), np.array(one, bool), np.array(other, bool))
         assert a["matched"] == 2 and a["undecided"] == 1 and a["both"] == 1 and a["compared"] == 3
+
+
+def test_figures_of_nothing(tmp_path):
+    cols = pd.DataFrame(dict(latent=[0, 1], point=["shared", "unique-A"], match_cos=[np.nan, np.nan], match_corr=[np.nan, np.nan]))
+    rp.match_figure([("A-B", cols, cols.rename(columns=dict(match_cos="cos", match_corr="corr")))], 0, 2)
+    h = pd.DataFrame(dict(latent=[0], count=[0], models=[""], undecided=[False]))
+    c = rp.set_counts(h, NAMES); assert len(c) == 0; rp.set_figure(c, NAMES)
 
 
 def test_kappa_by_hand_and_where_it_is_undefined():
