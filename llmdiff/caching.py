@@ -7,11 +7,11 @@ __all__ = ['FORMAT', 'tap', 'stream', 'residual', 'buckets', 'pad', 'plan_shards
            'moments', 'pack', 'packed', 'values', 'sha256', 'write_tensors', 'read_tensors', 'columns', 'assemble',
            'differs', 'Store', 'check_rows', 'load_state', 'open_state', 'keep_whole', 'whole', 'save_state', 'meter',
            'release', 'harvest_parts', 'join_parts', 'finish', 'join', 'disk_width', 'store_key', 'harvest',
-           'plan_pools', 'read_blocks', 'batches', 'cut_trunk', 'bench_harvest', 'TokenRows', 'bench_reader',
-           'norm_table']
+           'plan_pools', 'empty_rows', 'copy_rows', 'read_blocks', 'batches', 'cut_trunk', 'bench_harvest', 'TokenRows',
+           'bench_reader', 'norm_table']
 
 # %% ../nbs/03_caching.ipynb #c002
-import bisect, gc, hashlib, itertools, json, os, re, shutil, sys, time
+import bisect, gc, hashlib, itertools, json, math, mmap, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -264,7 +264,7 @@ def check_rows(x,     # [rows, n_models, d_model] as read
                i, a   # shard, its first row in `x`
               ):
     "Refuse NaN and Inf in what was read, naming shard and row."
-    if torch.isfinite(x.sum(dtype=torch.float32)): return
+    if not x.numel() or all(v.isfinite() for v in x.aminmax()): return
     bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero()
     if len(bad): check(False, f"{rel(store.folder/_shard(i))}, row {a + int(bad[0])}: the activations hold NaN or Inf; run notebook 03_caching again, it rebuilds a shard that was damaged")
 
@@ -351,11 +351,11 @@ def release():
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-def harvest_parts(name, spec, docs, plan, todo, state, folder, batch_tokens, say, tick):
-    "Load one model, read the shards `todo`, write its parts; put together the shards that are then complete."
+def harvest_parts(name, spec, docs, plan, missing, state, folder, batch_tokens, say, tick):
+    "Load one model, read the shards `missing`, write its parts; put together the shards that are then complete."
     model, names, int8 = load_model(spec, state["dtype"]), state["names"], state["store_dtype"] == "int8"
     tapped, t0, n = tap(model), time.perf_counter(), 0
-    for i in todo:
+    for i in missing:
         d = docs.iloc[slice(*plan[i])]
         part = read_part(tapped, state["layer"], d, batch_tokens, f"model {name}, shard {i}", None if int8 else torch.bfloat16)
         if int8 and name != names[0]: part |= pack(part["acts"].float() - read_tensors(folder/state["parts"][f"{names[0]} {i}"]["file"])["acts"].float())
@@ -364,7 +364,7 @@ def harvest_parts(name, spec, docs, plan, todo, state, folder, batch_tokens, say
         save_state(folder, state)
         if all(f"{m} {i}" in state["parts"] for m in names): join_parts(i, names, docs, plan, state, folder)
         n += sum(map(len, d.ids)); tick(sum(map(len, d.ids)))
-    say(f"{name}: {n:,} tokens in {len(todo)} shard{'s'*(len(todo) > 1)}, {n/(time.perf_counter() - t0):,.0f} tokens/s")
+    say(f"{name}: {n:,} tokens in {len(missing)} shard{'s'*(len(missing) > 1)}, {n/(time.perf_counter() - t0):,.0f} tokens/s")
 
 def join_parts(i, names, docs, plan, state, folder):
     "Make shard `i` from the parts of all models, then delete the parts."
@@ -438,14 +438,14 @@ def harvest(models,              # dict name -> spec
     check(0 <= rank < world, f"part = ({rank}, {world}): the rank must be at least 0 and below {world}")
     key, d_model = store_key(models, docs, layer, dtype, shard_tokens, corpus, store_dtype)
     state = dict(open_state(folder, key, rebuild, say, part), specs=dict(models), d_model=d_model, n_shards=len(plan))
-    todo = [i for i in range(rank, len(plan), world) if _shard(i) not in state["shards"]]
-    if not todo and not any(folder.glob("progress*.json")): return Store(folder) if world == 1 else None
-    rows = [sum(int(np.sum(k)) for k in docs.keep.iloc[slice(*plan[i])]) for i in todo]
+    missing = [i for i in range(rank, len(plan), world) if _shard(i) not in state["shards"]]
+    if not missing and not any(folder.glob("progress*.json")): return Store(folder) if world == 1 else None
+    rows = [sum(int(np.sum(k)) for k in docs.keep.iloc[slice(*plan[i])]) for i in missing]
     n_bytes = world*disk_width(len(models), d_model, store_dtype, pick_dtype(dtype))*(sum(rows) + max(rows, default=0))
     check_disk(folder, n_bytes - sum(p["bytes"] for p in state["parts"].values()), "the activation store")
     save_state(folder, state)
-    left = {n: [i for i in todo if f"{n} {i}" not in state["parts"]] for n in models}
-    for i in sorted(set(todo).difference(*left.values())): join_parts(i, list(models), docs, plan, state, folder)
+    left = {n: [i for i in missing if f"{n} {i}" not in state["parts"]] for n in models}
+    for i in sorted(set(missing).difference(*left.values())): join_parts(i, list(models), docs, plan, state, folder)
     tick = meter(sum(sum(map(len, docs.ids.iloc[slice(*plan[i])])) for l in left.values() for i in l), "activations")
     for name, spec in models.items():
         if left[name]: harvest_parts(name, spec, docs, plan, left[name], state, folder, batch_tokens, say, tick); release()
@@ -461,15 +461,27 @@ def plan_pools(store, docs, seed, block, pool): # as for `batches`
         order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
         for p, group in enumerate(np.array_split(order, n_pools)): yield [blocks[i] for i in group], [seed, epoch, p]
 
+def empty_rows(*shape, dtype): # -> Tensor
+    "Memory that is filled again and again; in huge pages where there are any, as touching small ones for the first time takes longer than reading the data."
+    size = math.prod(shape)*dtype.itemsize
+    if not hasattr(mmap, "MADV_HUGEPAGE") or size < 2**22: return torch.empty(shape, dtype=dtype)
+    m = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(m, dtype=dtype).view(shape)
+
+def copy_rows(s, a, b, idx, out): # a bfloat16 shard; first and end row; positions of the models; [b-a, len(idx), d_model] bfloat16, filled
+    "Copy rows by their bits, in this thread alone: torch would bring in the threads that the consumer computes with. False if one is NaN or Inf."
+    src, to = (t.view(torch.int16).numpy() for t in (s["acts"][a:b], out))
+    for j, m in enumerate(idx): to[:, j] = src[:, m]
+    return to.max() < 0x7f80 and to.view(np.uint16).max() < 0xff80          # the exponents of NaN and Inf are all ones
+
 def read_blocks(store, blocks, idx, out): # list of (shard, first, end); positions of the models; [rows or more, len(idx), d_model], filled
     "Copy the rows of some blocks into `out`; refuse NaN and Inf."
     n = 0
     for i, a, b in blocks:
         s, to = store.shard(i), out[n:n+b-a]
         if "scale" in s: to.copy_(values(s, a, b, idx))
-        else:
-            for j, m in enumerate(idx): to[:, j] = s["acts"][a:b, m]
-        check_rows(to, store, i, a); n += b - a
+        if "scale" in s or not copy_rows(s, a, b, idx, to): check_rows(to, store, i, a)
+        n += b - a
 
 def batches(store,       # a Store
             pair,        # two model names, reference first
@@ -490,9 +502,9 @@ def batches(store,       # a Store
             skip = max(0, skip - size)
     def fill(buf, blocks, rows): # the first `batch` rows are kept free for what the pool before leaves over
         size = sum(b - a for _, a, b in blocks)
-        if buf is None or len(buf) < batch + size: buf = torch.empty(batch + size, len(idx), store.d_model, dtype=store.kept_as)
+        if buf is None or len(buf) < batch + size: buf = empty_rows(batch + size, len(idx), store.d_model, dtype=store.kept_as)
         read_blocks(store, blocks, idx, buf[batch:]); return buf, rows
-    pools, spare, rest, row = needed(), None, torch.empty(0), torch.empty(batch, len(idx), store.d_model, dtype=store.kept_as)
+    pools, spare, rest, row = needed(), None, torch.empty(0), empty_rows(batch, len(idx), store.d_model, dtype=store.kept_as)
     with ThreadPoolExecutor(1) as thread:
         job = thread.submit(fill, None, *next(pools)) if left > 0 else None
         while left > 0:

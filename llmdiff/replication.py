@@ -212,10 +212,13 @@ def replication_finding(t # table of `replication_rows`, all pairs
         r = t[(t.rule == by) & (t.verdict == v)]; n = int(r.looked_for.sum()); who = f"{v} latents" + " by the published rule"*(by == "point")
         lines.append(f"0 of 0 {who}: none to look for." if not n else f"Of {n:,} {who}, {total(r, 'matched')/n:.0%} have a match in another seed and {total(r, 'replicated')/n:.0%} one with the same verdict; "
                      f"chance matches {total(r, 'floor'):.0f} of {n:,}.")
-    u = t[(t.rule == "point") & (t.verdict != "shared")]; n, got, kept = int(u.looked_for.sum()), total(u, "matched"), total(u, "replicated")
+    u, s = t[(t.rule == "point") & (t.verdict != "shared")], t[t.verdict == "shared"]; n, got, kept = int(u.looked_for.sum()), total(u, "matched"), total(u, "replicated")
     if not n: return "\n".join([*lines, "There is no unique latent to replicate."])
+    (a, lo, hi), (b, lo_s, hi_s) = share_ci(got, n), share_ci(total(s, "matched"), int(s.looked_for.sum()))
+    lines.append(f"Unique latents (published rule) have a match {'less often than' if hi < lo_s else 'more often than' if lo > hi_s else 'about as often, as far as these numbers tell, as'} shared ones: "
+                 f"{a:.0f} % ({lo:.0f} to {hi:.0f}) against {b:.0f} % ({lo_s:.0f} to {hi_s:.0f}).")
     return "\n".join([*lines, "Every unique latent replicates." if n - kept < 1e-9 else
-                      f"Where a unique latent (published rule) does not replicate, {(n - got)/(n - kept):.0%} of the cases lack a match, and {(got - kept)/(n - kept):.0%} have one with another verdict."])
+                      f"Where one does not replicate, {(n - got)/(n - kept):.0%} of the cases lack a match, and {(got - kept)/(n - kept):.0%} have one with another verdict."])
 
 # %% ../nbs/80_replication.ipynb #c035
 COLOURS = {"unique-B": "#7b2d8b", "unique-A": "#d55e00", "shared": "0.45", "chance": "#0072b2"}
@@ -327,12 +330,12 @@ def joint_rows(store, pair, ccs, tables, # Store; [A, B]; its crosscoders and ju
     to_joint, only = (in_set(h, [compare], [other]), h.undecided.to_numpy(bool)), ((h.models == compare).to_numpy(), h.undecided.to_numpy(bool))
     for i, (cc, t) in enumerate(zip(ccs, tables)):
         rows = candidates(t, full_up_to, n_shared, seed); u, open = (x[rows] for x in seen[i])
-        say = lambda against, m, to, u=u, open=open: out.append({"pair": pair_name(pair), "seed": seed + i, "against": against, **agreement(m, u, to[0], open, to[1])})
-        m, *own = find_matches(store, cc, [joint_cc, *ccs[1:]][:1 if i else None], rows, np.ones((len(rows), 1), bool), cos_cut, corr_cut, len(t) <= full_up_to, [compare])
-        say(f"joint: {compare}, not {other}", m, to_joint); say(f"joint: {compare} only", m, only)
-        if i: continue
-        point = (t.point == "unique-" + "AB"[pair.index(compare)]).to_numpy()[rows]; say("joint, published rule", m, to_joint, point, ~point & False)
-        for n, m in enumerate(own, 1): say(f"seed {seed + n}", m, seen[n])
+        ask = [(f"joint: {compare}, not {other}", 0, u, open, to_joint), (f"joint: {compare} only", 0, u, open, only)]
+        if not i:
+            point = (t.point == "unique-" + "AB"[pair.index(compare)]).to_numpy()[rows]
+            ask += [("joint, published rule", 0, point, open & False, to_joint), *((f"seed {seed + n}", n, u, open, seen[n]) for n in range(1, len(ccs)))]
+        found = find_matches(store, cc, [joint_cc, *ccs[1:]][:1 if i else None], rows, np.ones((len(rows), 1), bool), cos_cut, corr_cut, len(t) <= full_up_to, [compare])
+        out += [{"pair": pair_name(pair), "seed": seed + i, "against": a, **agreement(found[n], mine, theirs, left, left_there)} for a, n, mine, left, (theirs, left_there) in ask]
     return out
 
 def joint_finding(t, # table of `joint_rows`

@@ -8,7 +8,7 @@ __all__ = ['TEXTS', 'steps', 'extra', 'pick', 'declared', 'fit', 'parameters', '
            'environment', 'stop', 'execute', 'clock', 'progress', 'reporter', 'sentence', 'preflight', 'shown',
            'peak_gb', 'run_step', 'run_all', 'main_table', 'commit', 'publish', 'sha256', 'page_name', 'show_docs',
            'fold', 'split_title', 'page', 'links', 'site', 'config', 'symbols', 'readme', 'unecho', 'cmd_run', 'parse',
-           'cmd_presets', 'cmd_card', 'cmd_bench', 'cmd_site', 'parser', 'main']
+           'cmd_presets', 'cmd_card', 'cmd_bench', 'cmd_paper', 'cmd_site', 'parser', 'main']
 
 # %% ../nbs/90_run.ipynb #c002
 import argparse, ast, contextlib, difflib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -578,6 +578,11 @@ def cmd_bench(a):
     more = {k: v for k, v in (("model", a.model), ("layer", a.layer)) if v is not None}
     bench([a.name] if a.name else None, a.size, a.repeats, a.json, run="runs/bench", **more)
 
+def cmd_paper(a):
+    "`llmdiff paper`: 1 if a printed number cannot be rebuilt"
+    from llmdiff.paper import paper
+    return int(paper(a.json) > 0)
+
 def cmd_site(a):
     "`llmdiff site`"
     found = site(a.out)
@@ -608,11 +613,13 @@ def parser():
     s.add_argument("pair", help="e.g. pt-SimPO"); s.add_argument("latent", type=int)
     s.add_argument("--preset", default="small"); s.add_argument("--runs", metavar="DIR"); s.add_argument("--out", metavar="FILE")
     s = command("bench", cmd_bench, "measure speed and memory, against floors, peers and goals")
-    s.add_argument("name", nargs="?", help="step, harvest, reader or scaling (default: all)")
+    s.add_argument("name", nargs="?", help="step, harvest, reader, scaling or truth (default: all)")
     s.add_argument("--size", default="full", help="full: the sizes of the goals, minutes; small: seconds (default: full)")
     s.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
     s.add_argument("--json", action="store_true", help="one JSON object a measurement")
     s.add_argument("--model", help="spec of the model that `harvest` reads"); s.add_argument("--layer", type=int, help="and at which layer")
+    s = command("paper", cmd_paper, "rebuild every table of the paper from counts, check every printed number, print the tests")
+    s.add_argument("--json", action="store_true", help="one JSON object")
     s = command("site", cmd_site, "build the documentation from the notebooks")
     s.add_argument("--out", default="_docs", help="folder, made anew (default: _docs)")
     command("readme", lambda a: readme() and None, "write README.md from nbs/index.ipynb")

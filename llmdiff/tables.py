@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['UNASSIGNED', 'PLANTED', 'share_ci', 'row', 'compare_counts', 'counts', 'class_table', 'category_table',
-           'permutation_test', 'finding', 'readable', 'show_table', 'bars', 'published_classes', 'published_categories',
-           'mismatches', 'planted', 'planted_finding', 'unique_set', 'main_table']
+           'permutation_test', 'rejects', 'exact_power', 'detectable', 'latents_needed', 'power_table', 'finding',
+           'readable', 'show_table', 'bars', 'published_classes', 'published_categories', 'mismatches', 'planted',
+           'planted_finding', 'unique_set', 'main_table']
 
 # %% ../nbs/10_tables.ipynb #c002
 import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
-from scipy.stats import fisher_exact, false_discovery_control
+from scipy.stats import binom, false_discovery_control, fisher_exact, hypergeom
 from statsmodels.stats.proportion import proportion_confint, confint_proportions_2indep
 
 from .core import check, path, need, run_dir, save_table, savefig, style, latents, pair_name
@@ -84,6 +85,46 @@ def permutation_test(a, b,    # counts by row, assigned latents only
     return float(x2(a)), float((1 + (x2(dealt) >= x2(a) - 1e-9).sum())/(1 + n))
 
 # %% ../nbs/10_tables.ipynb #c018
+def rejects(n_a, n_b, level=0.05)->np.ndarray: # [n_a+1, n_b+1] bool
+    "Which pairs of counts Fisher's exact test calls different."
+    out = np.zeros((n_a + 1, n_b + 1), bool)
+    for s in range(n_a + n_b + 1):                                   # given the sum of the two counts, the test is hypergeometric
+        a = np.arange(max(0, s - n_b), min(n_a, s) + 1); p = hypergeom.pmf(a, n_a + n_b, s, n_a)
+        order = np.argsort(p, kind="stable"); c = np.cumsum(p[order]); at = np.searchsorted(p[order], p*(1 + 1e-7), side="right") - 1
+        out[a, s - a] = c[at] < level
+    return out
+
+def exact_power(p_a, p_b, n_a, n_b, level=0.05, R=None)->float: # R: from `rejects`, to compute it once
+    "Probability that Fisher's exact test tells two true shares apart."
+    R = rejects(n_a, n_b, level) if R is None else R
+    return float(binom.pmf(np.arange(n_a + 1), n_a, p_a) @ R @ binom.pmf(np.arange(n_b + 1), n_b, p_b))
+
+def detectable(p_a, n_a, n_b, power=0.8, level=0.05, R=None)->tuple: # share of A -> smallest share above, largest below (NaN if none)
+    "The nearest shares in B that would be told from `p_a` with the asked probability."
+    R = rejects(n_a, n_b, level) if R is None else R
+    seen = lambda q: exact_power(p_a, q, n_a, n_b, level, R) >= power
+    up, down = ([q for q in grid if seen(q)] for grid in (np.arange(np.ceil(p_a*200)/200, 1.0001, .005).clip(0, 1), np.arange(np.floor(p_a*200)/200, -1e-9, -.005).clip(0, 1)))
+    return up[0] if up else np.nan, down[0] if down else np.nan
+
+def latents_needed(p_a, p_b, power=0.8, level=0.05, most=200_000)->float:
+    "Latents of each model at which a test of two shares would see this difference (normal approximation)."
+    from statsmodels.stats.power import NormalIndPower
+    from statsmodels.stats.proportion import proportion_effectsize
+    h = abs(proportion_effectsize(p_b, p_a))
+    return float(np.ceil(NormalIndPower().solve_power(h, alpha=level, power=power))) if h > 1e-6 else np.inf
+
+def power_table(t,  # from `class_table`, `category_table` or `published_classes`
+                power=0.8, level=0.05)->pd.DataFrame:
+    "Each row with the shares that could have been told apart and the latents it would take."
+    body = t[t.iloc[:, 0] != "(unassigned)"]; n_a, n_b = int(t.n_A.iloc[0]), int(t.n_B.iloc[0]); name = body.columns[0]
+    if not n_a or not n_b: return pd.DataFrame(columns=[name, "n_A", "n_B", "share_A", "share_B", "power", "seen_above", "seen_below", "latents_needed"])
+    R = rejects(n_a, n_b, level); rows = []
+    for r in body.to_dict("records"):
+        a, b = r["count_A"]/n_a, r["count_B"]/n_b; up, down = detectable(a, n_a, n_b, power, level, R)
+        rows.append({name: r[name], "n_A": n_a, "n_B": n_b, "share_A": 100*a, "share_B": 100*b, "power": exact_power(a, b, n_a, n_b, level, R), "seen_above": 100*up, "seen_below": 100*down, "latents_needed": latents_needed(a, b, power, level)})
+    return pd.DataFrame(rows)
+
+# %% ../nbs/10_tables.ipynb #c021
 def finding(t,          # from `class_table` or `category_table`
             a, b,       # names of the models
             p_table,    # p of the permutation test
@@ -99,7 +140,7 @@ def finding(t,          # from `class_table` or `category_table`
     head += f"; permutation p of the whole table {p_table:.2g}." if p_table == p_table else "; no latent of one side is assigned."
     return head + (f" Unassigned: {rest.count_A} of {n_a} and {rest.count_B} of {n_b}." if rest.count_A + rest.count_B else "")
 
-# %% ../nbs/10_tables.ipynb #c021
+# %% ../nbs/10_tables.ipynb #c024
 def _num(x, f): return "–" if x != x else "new" if np.isinf(x) else f.format(x)
 
 def readable(t, a, b)->pd.DataFrame: # a table, names of the models
@@ -117,7 +158,7 @@ def show_table(t, a, b, caption=""):
     left = len(t) - len(seen)
     return show(readable(seen if len(seen) else t.tail(1), a, b), caption + (f" ({left} rows without a latent are not shown)" if left else ""))
 
-# %% ../nbs/10_tables.ipynb #c024
+# %% ../nbs/10_tables.ipynb #c027
 def bars(t,        # from `class_table` or `category_table`
          a, b,     # names of the models
          title=""): # -> Figure
@@ -138,7 +179,7 @@ def bars(t,        # from `class_table` or `category_table`
     for i, r in zip(y, d.itertuples()): ax.annotate(f"{r.count_A} → {r.count_B}", (1.01, i), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     return fig
 
-# %% ../nbs/10_tables.ipynb #c027
+# %% ../nbs/10_tables.ipynb #c030
 def _paper(name): return pd.read_csv(path("data/paper")/f"{name}.csv")
 
 def published_classes(model # "SimPO" (Table 2) or "DPO" (Table 5)
@@ -169,7 +210,7 @@ def mismatches()->pd.DataFrame:
         for got, col, digits in ((r.share_A, "it", 2), (r.share_B, "SimPO", 2), (r.change, "change", 1)): see(4, r.code, got, p.loc[r.code, col], digits)
     return pd.DataFrame(out, columns=["table", "row", "rebuilt", "printed"])
 
-# %% ../nbs/10_tables.ipynb #c030
+# %% ../nbs/10_tables.ipynb #c033
 PLANTED = [("lists, headings, bold", ["E.18"], +1), ("refusing harmful requests", ["A.1", "A.2"], +1), ("the language of the question", ["B.7"], +1),
            ("talking about being an AI", ["G.30"], -1), ("filler openings", ["D.17"], -1)]
 
@@ -203,7 +244,7 @@ def planted_finding(t, reference="it")->str:
     return (f"Of {len(t)} planted changes ({t.behaviour.nunique()} behaviours, {t.model.nunique()} models against {reference}), {sure} show in the categories at q < 0.05{named}, {wrong} show the other way; "
             f"{lean} lean as planted and {away} the other way without being distinguishable, {len(t) - sure - lean - wrong - away} show no difference or cannot be compared.")
 
-# %% ../nbs/10_tables.ipynb #c033
+# %% ../nbs/10_tables.ipynb #c036
 def unique_set(pair, # [A, B]
                side, # "A" or "B"
                run,  # the `run` parameter

@@ -40,10 +40,10 @@ def k_at(step,         # 0, 1, ..., n_steps-1
 def dead_latents(since,       # [n_latents] tokens since the latent last won a place
                  dead_after,  # tokens
                  at_most):    # how many to return
-    "Indices of the latents dead longest, ascending."
-    n = min(at_most, len(since))
-    longest = since.topk(n)
-    return longest.indices[longest.values >= dead_after].sort().values
+    "Indices of the latents dead longest, ascending; of those dead equally long the first ones, on every device."
+    at = torch.arange(len(since), device=since.device)
+    longest = (since*len(since) - at).topk(min(at_most, len(since))).indices   # no two alike, so that the answer is one
+    return longest[since[longest] >= dead_after].sort().values
 
 def train_step(cc, opt, x,  # x [batch, n_models, d_model], normalised
                state,       # dict with `since` and `threshold`, changed in place

@@ -110,11 +110,12 @@ def test_closed_form_is_the_direct_fit():
         np.testing.assert_allclose(B.closed_form(x, xhat, f[:, [0, 1, 3]], W, [0, 1, 3], m, p), want)
 
 
-def test_both_ways_find_the_same_contexts():
+def test_all_ways_find_the_same_contexts():
     cc, _, x = B.trained(TOY, 640); codes = cc.encode(x); at = np.arange(640); doc, pos = at//32, at % 32
-    ours, (best, which) = B.top_ours(codes, doc, pos, 3, rows=96), B.top_loop(codes, doc, 64, 3)
-    theirs = sorted((j, d, a) for j in range(64) for d, a in zip(which[j].tolist(), best[j].tolist()) if a > 0)
-    assert sorted((int(o["lat"]), int(o["doc"]), float(o["act"])) for o in ours) == theirs and len(theirs) > 30
+    ours, heaps, (best, which) = B.top_ours(codes, doc, pos, 3, rows=96), B.top_heaps(codes, doc, 64, 3), B.top_loop(codes, doc, 64, 3)
+    theirs = sorted((j, -d, a, p) for j, h in enumerate(heaps) for a, d, p in h)
+    assert sorted((int(o["lat"]), int(o["doc"]), float(o["act"]), int(o["pos"])) for o in ours) == theirs and len(theirs) > 30
+    assert sorted((j, d, a) for j in range(64) for d, a in zip(which[j].tolist(), best[j].tolist()) if a > 0) == [t[:3] for t in theirs]
 
 
 def test_random_store_is_a_store(tmp_path):

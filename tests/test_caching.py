@@ -162,16 +162,19 @@ def test_a_run_killed_by_the_system_continues_and_ends_with_the_same_bytes(args,
     assert read == ["B", "C"]                                     # A was whole and is not read again
     assert files(args["folder"]) == files(whole)                  # manifest, shards, and no debris
 
+def interrupted(args, monkeypatch, kill_at):
+    "A harvest that ends after `kill_at` files are written."
+    real, left = caching.write_tensors, iter(range(kill_at))
+    def write(*a):
+        if next(left, None) is None: raise KeyboardInterrupt
+        return real(*a)
+    with monkeypatch.context() as m:
+        m.setattr(caching, "write_tensors", write)
+        with pytest.raises(KeyboardInterrupt): harvest(**args)
+
 @pytest.mark.parametrize("kill_at", [0, 1, 4, 7, 13])
 def test_an_interruption_anywhere_leaves_nothing_wrong(args, whole, monkeypatch, kill_at):
-    real, count = caching.write_tensors, [0]
-    def write(*a):
-        count[0] += 1
-        if count[0] > kill_at: raise KeyboardInterrupt
-        return real(*a)
-    monkeypatch.setattr(caching, "write_tensors", write)
-    with pytest.raises(KeyboardInterrupt): harvest(**args)
-    monkeypatch.setattr(caching, "write_tensors", real)
+    interrupted(args, monkeypatch, kill_at)
     harvest(**args)
     assert files(args["folder"]) == files(whole)
 
@@ -326,14 +329,7 @@ def test_the_disk_never_holds_more_than_was_said(args, whole8, monkeypatch):
 
 @pytest.mark.parametrize("kill_at", [0, 1, 7, 9, 13])
 def test_int8_interrupted_and_continued(args, whole8, monkeypatch, kill_at):
-    real, count = caching.write_tensors, [0]
-    def write(*a):
-        count[0] += 1
-        if count[0] > kill_at: raise KeyboardInterrupt
-        return real(*a)
-    monkeypatch.setattr(caching, "write_tensors", write)
-    with pytest.raises(KeyboardInterrupt): harvest(**args, store_dtype="int8")
-    monkeypatch.setattr(caching, "write_tensors", real)
+    interrupted(dict(args, store_dtype="int8"), monkeypatch, kill_at)
     harvest(**args, store_dtype="int8")
     assert files(args["folder"]) == files(whole8)
 
@@ -483,6 +479,13 @@ def test_an_error_of_the_thread_is_the_callers(whole, monkeypatch):
         for x in batches(Store(whole), ["A", "C"], 32, 1000, 0, block=8, pool=64): got.append(x.clone())
     monkeypatch.setattr(caching, "read_blocks", real)
     assert len(got) >= 2 and all(torch.equal(x, y) for x, y in zip(got, every(Store(whole)))) and not any(t.is_alive() for t in n)
+
+@pytest.mark.parametrize("bits,fine", [(0x7f80, False), (0xff80, False), (0x7fc0, False), (0xffff, False), (0x7f7f, True), (0xff7f, True), (0x8000, True), (0x0001, True)])
+def test_nan_and_inf_are_known_by_their_bits(bits, fine):
+    "Both signs; the largest finite numbers, minus zero and the smallest number are none."
+    x = torch.randn(7, 3, 5).bfloat16(); x.view(torch.int16)[3, 2, 1] = int(np.uint16(bits).astype(np.int16)); out = torch.empty(7, 2, 5, dtype=torch.bfloat16)
+    assert x[3, 2, 1].isfinite() == fine == bool(caching.copy_rows(dict(acts=x), 0, 7, [2, 0], out))
+    assert caching.copy_rows(dict(acts=x), 0, 7, [0, 1], out) and torch.equal(out, x[:, :2])
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_nan_on_disk_names_shard_and_row(whole, whole8, tmp_path, kind):

@@ -81,6 +81,24 @@ def test_top_contexts_equal_brute_force(rows, levels):
     assert some > 60
 
 
+@pytest.mark.parametrize("n", [0, 1, 4, 100])
+@pytest.mark.parametrize("docs_a_call", [1, 7, 90])
+@pytest.mark.parametrize("levels", [3, 10**6])
+def test_merging_is_a_full_sort(n, docs_a_call, levels):
+    "Whatever the tiles, and with many equal scores: score down, then document up, then the first place; latents that fire once or never are no exception."
+    r = np.random.default_rng(levels + docs_a_call); N = 3000
+    lat, doc, act = r.zipf(1.5, N) % 50, np.sort(r.integers(10**5, 10**5 + 90, N)), (r.integers(1, levels, N)/7).astype("f4")
+    pos = r.permutation(N)                                                # positions need not ascend, and no two are equal
+    best = np.empty(0, ex.CAND)
+    for lo in range(10**5, 10**5 + 90, docs_a_call):
+        i, j = np.searchsorted(doc, [lo, lo + docs_a_call])
+        best = ex.keep_best(best, ex.doc_maxima(lat[i:j], doc[i:j], pos[i:j], act[i:j]), n)
+        assert best.tolist() == ex.keep_best(best, best[:0], n).tolist()  # nothing new changes nothing
+    t = pd.DataFrame(dict(lat=lat, doc=doc, pos=pos, act=act)).sort_values(["lat", "act", "doc", "pos"], ascending=[True, False, True, True])
+    want = t.drop_duplicates(["lat", "doc"]).groupby("lat").head(n)
+    assert best[["lat", "doc", "pos", "act"]].tolist() == [tuple(x) for x in want.itertuples(index=False)]
+
+
 def test_activations_stand_beside_their_tokens():
     w = World(); f = w.dense(); e = w.run([0, 3, 7], left=5, right=2)
     by = w.docs.set_index("doc")

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 
 import test_crosscoder
 from llmdiff import replication as rp, scaling as sc
-from llmdiff.core import UserError, latents, save_latents
+from llmdiff.core import UserError, save_latents
 from llmdiff.crosscoder import Crosscoder, calibrate, set_normalisation
 from llmdiff.training import train, train_pair
 
@@ -179,7 +179,8 @@ def test_rates_count_each_latent_once():
 def test_finding_tells_what_was_lost():
     row = dict(pair="A-B", looked_for=10, floor=0., seeds=3, tokens=1000)
     t = pd.DataFrame([row | dict(rule=b, verdict=v, matched=m, replicated=r) for b, v, m, r in (("point", "unique-B", .8, .2), ("point", "unique-A", 0., 0.), ("verdict", "shared", 1., 1.))])
-    s = rp.replication_finding(t); assert "67% of the cases lack a match, and 33% have one with another verdict" in s and "nan" not in s and "Of 10 shared latents, 100% have" in s
+    s = rp.replication_finding(t); assert "67% of the cases lack a match, and 33% have one with another verdict" in s and "nan" not in s and "Of 10 shared latents, 100% have" in s and "less often than shared ones: 40 %" in s
+    assert "as far as these numbers tell" in rp.replication_finding(t.assign(matched=.5))
     assert "Every unique latent replicates." in rp.replication_finding(t.assign(replicated=1., matched=1.))
     none = t.assign(looked_for=[0, 0, 5], matched=[np.nan, np.nan, 1], replicated=[np.nan, np.nan, 1], floor=[np.nan, np.nan, 0])
     s = rp.replication_finding(none); assert "0 of 0 unique-B latents by the published rule" in s and "There is no unique latent to replicate." in s and "nan" not in s
