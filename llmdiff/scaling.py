@@ -472,7 +472,7 @@ def holders(S,     # sums over M models
     def parts(sums, s):
         y, at, q = fits(sums, g[s]), np.arange(D)[s] - np.arange(D)[s][0], p[s]
         return {f"nu_{t}_{n}": (y[t][..., at, m, q], y[t][..., at, q, q]) for t in ("eps", "r") for m, n in enumerate(names)}
-    nu = {n: ratio(*v) for n, v in parts(total, slice(0, D)).items()}
+    nu, y = {n: ratio(*v) for n, v in parts(total, slice(0, D)).items()}, fits(total, g)
     t = pd.DataFrame({"latent": np.arange(D), **basics(S), **{f"norm_{n}": norms[:, m] for m, n in enumerate(names)}, "probe": np.array(names)[p]})
     t = t.assign(**nu, **intervals(S["by_block"], parts, n_boot, seed))
     alive, unsure, turned, has = t["count"] >= min_count, np.zeros(D, bool), np.zeros(D, bool), {}
@@ -481,8 +481,9 @@ def holders(S,     # sums over M models
         for r, c in ((f"nu_eps_{n}", nu_eps_cut), (f"nu_r_{n}", nu_r_cut)):
             lo, hi = t[f"{r}_lo"], t[f"{r}_hi"]
             low = [a & b for a, b in zip(low, (t[r].abs() < c, (lo > -c) & (hi < c), (lo < c) & (hi > -c)))]
-        long = norms[:, m] >= (1 - 2*shared_band)*norms.max(1); open = alive & (p != m) & ~long
-        has[f"has_{n}"] = alive & (long | ~low[0]); turned |= alive & (p != m) & long & low[0]; unsure |= open & (low[1] != low[2])
+        back = [np.abs(ratio(y[r][np.arange(D), p, m], y[r][:, m, m])) < c for r, c in (("eps", nu_eps_cut), ("r", nu_r_cut))]   # what the probe's model holds of this one's row
+        own = (p != m) & (norms[:, m] >= (1 - 2*shared_band)*norms.max(1)) & back[0] & back[1]
+        has[f"has_{n}"] = alive & ((p == m) | own | ~low[0]); turned |= alive & own & low[0]; unsure |= alive & (p != m) & ~own & (low[1] != low[2])
     sets = ["+".join(n for n, h in zip(names, row) if h) for row in zip(*has.values())]
     return t.assign(**has, alive=alive, models=sets, rotated=turned, undecided=unsure)
 

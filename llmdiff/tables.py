@@ -255,9 +255,10 @@ def unique_set(pair, # [A, B]
     check(counted in ("verdict", "point"), f"counted = {counted!r}: choose verdict or point")
     t = latents(pair_name(pair), run)
     check({counted, "annotator"} <= set(t.columns), f"the latents of {pair_name(pair)} have no {counted} or no annotation: run notebooks 06_scaling and 09_annotation first")
-    check(not min_replicated or "replicated" in t, f"the latents of {pair_name(pair)} were not looked for in other seeds: run notebook 80_replication first, or set min_replicated = 0")
+    found = "replicated" + "_point"*(counted == "point")
+    check(not min_replicated or found in t, f"the latents of {pair_name(pair)} were not looked for in other seeds: run notebook 80_replication first, or set min_replicated = 0")
     t = t[(t[counted] == f"unique-{side}") & t.annotator.notna()]
-    if min_replicated: t = t[t.replicated >= min_replicated]
+    if min_replicated: t = t[t[found] >= min_replicated]
     return t[["latent", "label", "category", "class", "category_name", "annotator"]].reset_index(drop=True)
 
 def _column(df, *names): # the first of these columns that is there, in any case
