@@ -540,4 +540,17 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmdiff.training.schedule': ('training.html#schedule', 'llmdiff/training.py'),
                                   'llmdiff.training.train': ('training.html#train', 'llmdiff/training.py'),
                                   'llmdiff.training.train_pair': ('training.html#train_pair', 'llmdiff/training.py'),
-                                  'llmdiff.training.train_step': ('training.html#train_step', 'llmdiff/training.py')}}}
+                                  'llmdiff.training.train_step': ('training.html#train_step', 'llmdiff/training.py')},
+            'llmdiff.truth': { 'llmdiff.truth.World': ('truth.html#world', 'llmdiff/truth.py'),
+                               'llmdiff.truth.World.__init__': ('truth.html#world.__init__', 'llmdiff/truth.py'),
+                               'llmdiff.truth.World.amplitudes': ('truth.html#world.amplitudes', 'llmdiff/truth.py'),
+                               'llmdiff.truth.World.page': ('truth.html#world.page', 'llmdiff/truth.py'),
+                               'llmdiff.truth.WorldStore': ('truth.html#worldstore', 'llmdiff/truth.py'),
+                               'llmdiff.truth.WorldStore.__init__': ('truth.html#worldstore.__init__', 'llmdiff/truth.py'),
+                               'llmdiff.truth.WorldStore.batches': ('truth.html#worldstore.batches', 'llmdiff/truth.py'),
+                               'llmdiff.truth.WorldStore.index': ('truth.html#worldstore.index', 'llmdiff/truth.py'),
+                               'llmdiff.truth.WorldStore.pages': ('truth.html#worldstore.pages', 'llmdiff/truth.py'),
+                               'llmdiff.truth.WorldStore.rows': ('truth.html#worldstore.rows', 'llmdiff/truth.py'),
+                               'llmdiff.truth.WorldStore.spans': ('truth.html#worldstore.spans', 'llmdiff/truth.py'),
+                               'llmdiff.truth.WorldStore.split': ('truth.html#worldstore.split', 'llmdiff/truth.py'),
+                               'llmdiff.truth.draw_concepts': ('truth.html#draw_concepts', 'llmdiff/truth.py')}}}
