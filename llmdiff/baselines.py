@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'L1_LR', 'l1_step', 'Partitioned', 'partitioned_step', 'as_pair', 'difference', 'quality', 'fit_difference',
            'new_dictionary', 'train_as', 'set_threshold', 'fit', 'scan_difference', 'activation_nus',
-           'difference_table', 'judge_difference', 'measured', 'norm_verdicts']
+           'difference_table', 'judge_difference', 'measured', 'norm_verdicts', 'save_fit', 'load_fit', 'replicates',
+           'method_row', 'best_note']
 
 # %% ../nbs/81_baselines.ipynb #c002
 import functools
@@ -211,3 +212,50 @@ def norm_verdicts(t, delta_cut=.1, shared_band=.1)->np.ndarray: # judged table -
     "What the decoder norms alone say of the latents that are alive."
     d = t.delta_norm
     return np.select([~t.alive, d > 1 - delta_cut, d < delta_cut, (d - .5).abs() < shared_band], ["dead", "unique-B", "unique-A", "shared"], "other")
+
+# %% ../nbs/81_baselines.ipynb #c023
+def save_fit(cc, folder, results=None): # fitted; made if it is not there
+    "Write a dictionary."
+    crosscoder.save(cc, folder, dict(method=cc.method, results=results))
+
+def load_fit(folder, device="cpu"): # left by `save_fit`
+    "The dictionary in `folder`, whatever its method."
+    config = read_config(folder); method = config.get("info", {}).get("method")
+    check(method in METHODS, f"{folder} holds no dictionary of notebook 81_baselines: run it first")
+    if method != "partitioned": cc = crosscoder.load(folder, device)
+    else:
+        cc = Partitioned(*(config[a] for a in ("d_model", "n_latents", "k", "names", "score")), share=config["share"])
+        cc.load_state_dict(load_file(Path(folder)/"model.safetensors")); cc = cc.to(device)
+    cc.method = method
+    return cc
+
+# %% ../nbs/81_baselines.ipynb #c026
+def replicates(fits, verdict="unique-B", min_cos=.7)->np.ndarray: # list of (dictionary, judged table), the first against all others; "unique-A" or "unique-B" -> [number of such latents] bool
+    "Which of the first dictionary's unique latents have a partner in each other one."
+    p = 0 if verdict == "unique-A" else 1
+    rows = [F.normalize(cc.W_dec.detach()[torch.from_numpy((t.verdict == verdict).to_numpy()).to(cc.W_dec.device), p].float(), dim=1).cpu() for cc, t in fits]
+    ok = np.ones(len(rows[0]), bool)
+    for other in rows[1:]: ok &= (rows[0] @ other.T > min_cos).any(1).numpy() if len(other) else False
+    return ok
+
+# %% ../nbs/81_baselines.ipynb #c029
+def method_row(method, store, pair, seeds=3, seed=0, n_boot=500, causal=None, **fit_args)->dict: # causal: function of a dictionary and its judged table -> recovered, lo, hi
+    "Fit a method with several seeds and describe the first."
+    fits = []
+    for s in range(seeds):
+        cc, _, q = fit(method, store, pair, seed=seed + s, **fit_args); t = measured(cc, store, pair, n_boot=n_boot, seed=seed)
+        fits.append((cc, t)); first = first if s else q
+    (cc, t), diff = fits[0], method == "diff-sae"
+    row = dict(method=method, fve_A=np.nan if diff else first["fve_A"], fve_B=np.nan if diff else first["fve_B"], fve_diff=first["fve_diff"], l0=first["l0"], dead=float((t["count"] == 0).mean()))
+    for P in "AB": row |= {f"unique_{P}": int((t.verdict == f"unique-{P}").sum()), f"norm_{P}": None if diff else int((t.norm_verdict == f"unique-{P}").sum())}
+    for P in "AB": row[f"replicated_{P}"] = int(replicates(fits, f"unique-{P}").sum()) if seeds > 1 else None
+    return row | dict(zip(("recovered", "recovered_lo", "recovered_hi"), causal(cc, t) if causal else (np.nan,)*3))
+
+def best_note(t, seeds)->str: # of `method_row`s
+    "What the table says, in a sentence."
+    both = t[~t.method.isin(["diff-sae", "random"])]; a = both.loc[both[["fve_A", "fve_B"]].mean(axis=1).idxmax()]; d = t.loc[t.fve_diff.idxmax()]
+    s = f"Of the methods that explain both models, {a.method} explains most of them (FVE {a.fve_A:.3f} and {a.fve_B:.3f}); most of the difference is explained by {d.method} ({d.fve_diff:.3f}). "
+    u = both.assign(n=both.unique_A + both.unique_B, m=both.norm_A.fillna(0) + both.norm_B.fillna(0))
+    s += "Unique latents by the verdict, and by norm alone: " + "; ".join(f"{r.method} {r.n:.0f}, {r.m:.0f}" for r in u.itertuples()) + "."
+    if seeds > 1: s += " Replicated in all seeds: " + "; ".join(f"{r.method} {r.replicated_A + r.replicated_B:.0f} of {r.unique_A + r.unique_B:.0f}" for r in t.itertuples()) + "."
+    return s

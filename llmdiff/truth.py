@@ -122,15 +122,15 @@ class WorldStore:
         for i in self.pages(docs):
             p = self.page(i); a, b = np.searchsorted(p["doc"], [lo, hi])
             yield {**{k: v[a:b] for k, v in p.items()}, "acts": p["acts"][a:b, at]}
-    def batches(self, pair, batch, n_tokens, seed=0, docs=None, start=0, pool=32): # -> iterator of [batch, 2, d_model]
-        "Random batches, pool after pool, as often round as `n_tokens` asks; a batch less at the end of a pool is left out."
+    def batches(self, pair, batch, n_tokens, seed=0, docs=None, start=0, pool=32): # docs: whole pages -> iterator of [batch, 2, d_model]
+        "Random batches, pool after pool, as often round as `n_tokens` asks; what is left at the end of a pool is left out."
         g, pages, at, made = np.random.default_rng([self.world.seed, seed, 4]), self.pages(docs), self.index(pair), 0
         while made*batch < n_tokens:
             order = g.permutation(pages)
             for j in range(0, len(order), pool):
                 x = torch.cat([self.page(i)["acts"] for i in order[j:j+pool]])[:, at]
                 for rows in torch.from_numpy(g.permutation(len(x))).split(batch):
-                    if len(rows) < batch: continue
+                    if len(rows) < batch or made*batch >= n_tokens: continue
                     if made >= start: yield x[rows]
                     made += 1
 
@@ -265,10 +265,11 @@ def artefacts(latents)->pd.DataFrame: # latents of all worlds
     "Of the latents that the norm alone calls unique: how many are of a concept that both models hold, and how many of those Latent Scaling catches."
     out = []
     for m, g in latents[latents.method != "diff-sae"].groupby("method", sort=False):
-        u = claims(g, "norm"); u = u[u.claim.str.startswith("unique")]; side = u.claim.str[-1].to_numpy()
-        held, pick = u.kind.isin(HELD).to_numpy(), lambda c: np.where(side == "B", u[f"nu_{c}_B"], u[f"nu_{c}_A"])
-        eps, r = np.abs(pick("eps")), np.abs(pick("r")); big = (eps >= .2) | (r >= .5)
-        out.append(dict(method=m, norm_unique=len(u), held_by_both=int(held.sum()), shrunk=int((held & (eps >= .2)).sum()), decoupled=int((held & (r >= .5)).sum()), caught=int((held & big).sum()), true=int(u.right.sum()), true_lost=int((u.right.to_numpy() & big).sum())))
+        u = claims(g, "norm"); u = u[u.claim.str.startswith("unique")]; B = u.claim == "unique-B"
+        eps, r = np.where(B, u.nu_eps_B, u.nu_eps_A), np.where(B, u.nu_r_B, u.nu_r_A)
+        shrunk, decoupled, held = np.abs(eps) >= .2, np.abs(r) >= .5, u.kind.isin(HELD).to_numpy()
+        out.append(dict(method=m, norm_unique=len(u), held_by_both=int(held.sum()), shrunk=int((held & shrunk).sum()), decoupled=int((held & decoupled).sum()),
+                        caught=int((held & (shrunk | decoupled)).sum()), true=int(u.right.sum()), true_lost=int((u.right & (shrunk | decoupled)).sum())))
     return pd.DataFrame(out)
 
 def artefact_note(a)->str: # of `artefacts`
@@ -352,7 +353,7 @@ def coverage_figure(r, method="batchtopk-sum"):
     t = coverage_by_count(r); t = t[t.method == method]; fig, axes = plt.subplots(1, 2, figsize=(7.5, 3), sharey=True)
     for ax, d in zip(axes, ("fresh", "trained on")):
         for q, g in t[t.docs == d].groupby("ratio"):
-            ax.errorbar(g.active, g.coverage, [g.coverage - g.lo, g.hi - g.coverage], fmt="o-", ms=3, lw=1, label=q.replace("_", " "))
+            ax.errorbar(g.active, g.coverage, [(g.coverage - g.lo).clip(0), (g.hi - g.coverage).clip(0)], fmt="o-", ms=3, lw=1, label=q.replace("_", " "))
         ax.axhspan(.93, .97, color="0.9", zorder=0); ax.axhline(.95, color="k", lw=.6, ls=":"); ax.set(xscale="log", xlabel="tokens on which the latent is active, at least", title=f"{method}, {d} documents"); ax.title.set_fontsize("small")
     axes[0].set_ylabel("covered"); axes[0].legend(frameon=False, fontsize="small"); fig.suptitle(title_of(r), fontsize="small"); fig.tight_layout(); plt.close(fig)
     return fig
