@@ -586,6 +586,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'llmdiff.truth.WorldStore.split': ('truth.html#worldstore.split', 'llmdiff/truth.py'),
                                'llmdiff.truth.artefact_note': ('truth.html#artefact_note', 'llmdiff/truth.py'),
                                'llmdiff.truth.artefacts': ('truth.html#artefacts', 'llmdiff/truth.py'),
+                               'llmdiff.truth.choice_note': ('truth.html#choice_note', 'llmdiff/truth.py'),
                                'llmdiff.truth.claims': ('truth.html#claims', 'llmdiff/truth.py'),
                                'llmdiff.truth.coverage_by_count': ('truth.html#coverage_by_count', 'llmdiff/truth.py'),
                                'llmdiff.truth.coverage_figure': ('truth.html#coverage_figure', 'llmdiff/truth.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'PARTS', 'HELD', 'RIGHT', 'SOUGHT', 'RULES', 'SIZES', 'GOALS', 'COLOURS', 'FIGURES', 'draw_concepts', 'World',
            'WorldStore', 'match', 'occurrences', 'claims', 'scores', 'covered', 'wilson', 'over_seeds',
-           'measure_method', 'measure_world', 'truth_table', 'coverage_of', 'goal_notes', 'artefacts', 'artefact_note',
-           'measure_worlds', 'measure_truth', 'readable', 'title_of', 'scores_figure', 'recall_by_count',
-           'recall_figure', 'coverage_by_count', 'coverage_figure', 'wrong_claims', 'wrong_figure']
+           'measure_method', 'measure_world', 'truth_table', 'coverage_of', 'goal_notes', 'choice_note', 'artefacts',
+           'artefact_note', 'measure_worlds', 'measure_truth', 'readable', 'title_of', 'scores_figure',
+           'recall_by_count', 'recall_figure', 'coverage_by_count', 'coverage_figure', 'wrong_claims', 'wrong_figure']
 
 # %% ../nbs/95_truth.ipynb #c002
 import functools
@@ -102,7 +102,8 @@ class WorldStore:
     def __init__(self, world, n_tokens=300_000, part="train", keep=5e8): # bytes of pages kept in memory once made
         mean_len = world.doc_tokens*np.exp(.125)
         self.world, self.d_model, self.first, self.n_pages = world, world.d_model, PARTS[part], max(2, int(np.ceil(n_tokens/mean_len/world.page_docs)))
-        self.page = functools.lru_cache(int(keep/(8*world.d_model*world.page_docs*mean_len)))(lambda i: world.page(self.first + i))
+        first, n_kept = self.first, int(keep/(8*world.d_model*world.page_docs*mean_len))
+        self.page = functools.lru_cache(n_kept)(lambda i: world.page(first + i))
         x = torch.cat([self.page(i)["acts"] for i in range(min(8, self.n_pages))]).double()
         self.mean, self.var, self.hash = x.mean(0), x.var(0, unbiased=False).sum(1), f"world {world.seed} {part} {n_tokens}"
     @functools.cached_property
@@ -121,7 +122,7 @@ class WorldStore:
         at, (lo, hi) = self.index(pair), docs or (0, 2**60)
         for i in self.pages(docs):
             p = self.page(i); a, b = np.searchsorted(p["doc"], [lo, hi])
-            yield {**{k: v[a:b] for k, v in p.items()}, "acts": p["acts"][a:b, at]}
+            yield {**{k: v[a:b] for k, v in p.items()}, "acts": p["acts"][a:b] if at == [0, 1] else p["acts"][a:b, at]}
     def batches(self, pair, batch, n_tokens, seed=0, docs=None, start=0, pool=32): # docs: whole pages -> iterator of [batch, 2, d_model]
         "Random batches, pool after pool, as often round as `n_tokens` asks; what is left at the end of a pool is left out."
         g, pages, at, made = np.random.default_rng([self.world.seed, seed, 4]), self.pages(docs), self.index(pair), 0
@@ -171,7 +172,7 @@ def claims(t, rule)->pd.DataFrame: # joined latents; name of a rule -> the rows 
 def scores(t, truth, min_occurrences=200)->pd.DataFrame: # latents of one fit, joined to the truth; truth with `occurrences` -> method, rule, verdict, claims, precision, recall
     "Precision of every verdict, and recall of those that look for something, by each rule."
     out, often = [], truth[truth.occurrences >= min_occurrences]
-    for rule in (r for r, c in RULES.items() if c in t):
+    for rule in (r for r, c in RULES.items() if c in t and (t[c] != "none").any()):
         c = claims(t, rule); c = pd.concat([c, c[c.claim.str.startswith("unique")].assign(claim="unique")])
         for v in RIGHT:
             mine = c[c.claim == v]; want = often[often.kind.isin(SOUGHT.get(v, []))]
@@ -228,7 +229,7 @@ def measure_world(seed, size="small", methods=METHODS, say=print, **fit_args): #
     for m in methods:
         say(f"truth: world {seed}, {m}")
         t, c, q = measure_method(m, stores, truth, seed, **{**z["fit"], **fit_args}); here = dict(seed=seed, method=m)
-        for k, v in dict(latents=t, scores=scores(t, truth), coverage=c, fits=pd.DataFrame([q])).items(): out[k].append(v.assign(**here))
+        for k, v in dict(latents=t, scores=scores(t, truth), coverage=c, fits=pd.DataFrame([q]).assign(tokens=stores["train"].n_tokens)).items(): out[k].append(v.assign(**here))
     return {k: pd.concat(v, ignore_index=True) for k, v in out.items()} | {"truth": truth.assign(seed=seed)}
 
 # %% ../nbs/95_truth.ipynb #c025
@@ -260,6 +261,11 @@ def goal_notes(t, method="batchtopk-sum")->list: # of `truth_table`; our default
         out.append(f"{method}, {k} ({v}): {x:.3f} ({mine.loc[v, k + '_lo']:.3f} to {mine.loc[v, k + '_hi']:.3f}), asked {asked}: {'met' if lo <= x <= hi else 'missed'}.")
     return out
 
+def choice_note(t)->str: # of `truth_table`
+    "How the methods rank at what they are for, in a sentence."
+    u = t[(t.rule == "verdict") & (t.verdict == "unique")].dropna(subset=["precision", "recall"]); f1 = (2*u.precision*u.recall/(u.precision + u.recall)).fillna(0)
+    return "Unique latents, F1 of mean precision and mean recall by the verdict: " + ", ".join(f"{m} {f:.3f}" for f, m in sorted(zip(f1, u.method), reverse=True)) + "."
+
 # %% ../nbs/95_truth.ipynb #c027
 def artefacts(latents)->pd.DataFrame: # latents of all worlds
     "Of the latents that the norm alone calls unique: how many are of a concept that both models hold, and how many of those Latent Scaling catches."
@@ -290,7 +296,7 @@ def measure_worlds(size="small", seeds=3, methods=METHODS, seed=0, say=print, **
 def measure_truth(size="small", seeds=3, run=None, say=print, methods=METHODS, seed=0, **_)->pd.DataFrame: # run: folder for table and figures -> `truth_table`, with sentences in attrs["notes"]
     "The benchmark of `llmdiff bench truth`."
     r = measure_worlds(size, seeds, methods, seed, say); t = truth_table(r)
-    t.attrs["notes"] = goal_notes(t) + ([artefact_note(artefacts(r["latents"]))] if "l1" in methods else [])
+    t.attrs["notes"] = [*goal_notes(t), choice_note(t)] + ([artefact_note(artefacts(r["latents"]))] if "l1" in methods else [])
     if run:
         save_table(t, "truth", run); save_table(artefacts(r["latents"]), "truth_artefacts", run)
         for name, f in FIGURES.items(): savefig(f(r), f"truth_{name}", run)
@@ -307,7 +313,8 @@ def readable(t)->pd.DataFrame: # of `truth_table`
 COLOURS = {"norm": "0.6", "point": "C1", "verdict": "C3"}
 
 def title_of(r): # what every figure says
-    return f"{r['latents'].seed.nunique()} worlds, {len(r['latents'])//r['latents'].seed.nunique()//r['latents'].method.nunique():,} latents each"
+    n = r["latents"].groupby(["seed", "method"]).size()
+    return f"{r['latents'].seed.nunique()} worlds, {r['fits'].tokens.mean():,.0f} tokens and {n.iloc[0]:,} latents each"
 
 def scores_figure(r): # of `measure_worlds`
     "Precision and recall of the unique latents by method, by norm alone and by the full verdict."
@@ -319,7 +326,7 @@ def scores_figure(r): # of `measure_worlds`
             g = t[t.rule == rule]; y = [methods.index(m) + .22*((len(rules) - 1)/2 - i) for m in g.method]
             ax.hlines(y, g[f"{k}_lo"], g[f"{k}_hi"], color=COLOURS[rule], lw=1.5); ax.plot(g[k], y, "o", ms=5, color=COLOURS[rule], label={"norm": "norm alone", "point": "point estimates", "verdict": "verdict"}[rule])
         ax.axvline(GOALS[k][1], color="k", lw=.6, ls=":"); ax.set(xlim=(-.02, 1.02), xlabel=f"{k} of unique latents")
-    axes[0].set_yticks(range(len(methods)), methods); axes[1].legend(frameon=False, fontsize="small"); fig.suptitle(title_of(r), fontsize="small"); fig.tight_layout(); plt.close(fig)
+    axes[0].set_yticks(range(len(methods)), methods); axes[1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)); fig.suptitle(title_of(r), fontsize="small"); fig.tight_layout(); plt.close(fig)
     return fig
 
 def recall_by_count(r, edges=(10, 50, 200, 1000, 5000, 10**9))->pd.DataFrame: # of `measure_worlds` -> method, occurrences (lower edge), concepts, recall, lo, hi; by the verdict
@@ -338,8 +345,9 @@ def recall_figure(r):
     t = recall_by_count(r); fig, ax = plt.subplots(figsize=(5.5, 3.2))
     for m, g in t.dropna(subset="recall").groupby("method", sort=False):
         line, = ax.plot(g.occurrences, g.recall, "o-", ms=4, label=m); ax.fill_between(g.occurrences, g.lo, g.hi, color=line.get_color(), alpha=.08)
+        if m == "batchtopk-sum": ax.plot(g.occurrences, g.known, "x:", color="k", lw=1, label=f"any latent about it ({m})")
     ax.axvline(200, color="k", lw=.6, ls=":"); ax.axhline(.9, color="k", lw=.6, ls=":")
-    ax.set(xscale="log", ylim=(0, 1.02), xlabel="tokens on which the concept is on, at least", ylabel="recall by the verdict"); ax.legend(frameon=False, fontsize="small"); ax.set_title(title_of(r), fontsize="small"); plt.close(fig)
+    ax.set(xscale="log", ylim=(0, 1.02), xlabel="tokens on which the concept is on, at least", ylabel="recall by the verdict"); ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)); ax.set_title(title_of(r), fontsize="small"); plt.close(fig)
     return fig
 
 def coverage_by_count(r, edges=(10, 50, 200, 1000, 5000, 10**9))->pd.DataFrame: # of `measure_worlds` -> method, docs, ratio, active (lower edge), intervals, coverage, lo, hi

@@ -1,12 +1,9 @@
 "The methods behind the crosscoder's interface: forbidden rows, thresholds, the folded difference, the L1 price, replication, bad input."
-from types import SimpleNamespace
 
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pytest, torch
 from llmdiff import baselines as B
 from llmdiff.core import UserError
-from llmdiff.crosscoder import Crosscoder, calibrate, set_normalisation
-from llmdiff.scaling import betas, gram, tiles
-from llmdiff.training import train_step
+from llmdiff.crosscoder import Crosscoder, calibrate
 from llmdiff.truth import World, WorldStore
 
 ARGS = dict(n_latents=48, k=4, batch=256, train_tokens=25_000, lr=5e-3)

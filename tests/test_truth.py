@@ -1,5 +1,4 @@
 "The planted world is what it says; matching, scoring and coverage find what was put there."
-from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 from llmdiff import truth as T
