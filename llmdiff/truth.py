@@ -344,7 +344,7 @@ def recall_figure(r):
     from matplotlib import pyplot as plt
     t = recall_by_count(r); fig, ax = plt.subplots(figsize=(5.5, 3.2))
     for m, g in t.dropna(subset="recall").groupby("method", sort=False):
-        line, = ax.plot(g.occurrences, g.recall, "o-", ms=4, label=m); ax.fill_between(g.occurrences, g.lo, g.hi, color=line.get_color(), alpha=.08)
+        ax.errorbar(g.occurrences*1.06**METHODS.index(m), g.recall, [(g.recall - g.lo).clip(0), (g.hi - g.recall).clip(0)], fmt="o-", ms=3, lw=1, label=m)
         if m == "batchtopk-sum": ax.plot(g.occurrences, g.known, "x:", color="k", lw=1, label=f"any latent about it ({m})")
     ax.axvline(200, color="k", lw=.6, ls=":"); ax.axhline(.9, color="k", lw=.6, ls=":")
     ax.set(xscale="log", ylim=(0, 1.02), xlabel="tokens on which the concept is on, at least", ylabel="recall by the verdict"); ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)); ax.set_title(title_of(r), fontsize="small"); plt.close(fig)
