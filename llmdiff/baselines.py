@@ -233,7 +233,7 @@ def load_fit(folder, device="cpu"): # left by `save_fit`
 def replicates(fits, verdict="unique-B", min_cos=.7)->np.ndarray: # list of (dictionary, judged table), the first against all others; "unique-A" or "unique-B" -> [number of such latents] bool
     "Which of the first dictionary's unique latents have a partner in each other one."
     p = 0 if verdict == "unique-A" else 1
-    rows = [F.normalize(cc.W_dec.detach()[torch.from_numpy((t.verdict == verdict).to_numpy()).to(cc.W_dec.device), p].float(), dim=1).cpu() for cc, t in fits]
+    rows = [F.normalize(cc.W_dec.detach()[torch.tensor((t.verdict == verdict).tolist()).to(cc.W_dec.device), p].float(), dim=1).cpu() for cc, t in fits]
     ok = np.ones(len(rows[0]), bool)
     for other in rows[1:]: ok &= (rows[0] @ other.T > min_cos).any(1).numpy() if len(other) else False
     return ok

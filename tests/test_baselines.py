@@ -65,7 +65,7 @@ def test_l1_step_is_the_gradient_of_its_loss_and_steers():
     state = dict(step=50, since=torch.zeros(20, dtype=torch.long), threshold=0.); before = [p.detach().clone() for p in cc.parameters()]
     s = B.l1_step(cc, torch.optim.SGD(cc.parameters(), lr=0.), x, state, n_steps=100, lam=.5, clip=1e9)
     f = torch.relu(x.flatten(1) @ before[0].flatten(1).T) if before[0].shape == (20, 2, 8) else None
-    assert f is not None and s[4] == (f > 0).sum() and s[5] == pytest.approx(float(.5*(f @ cc.W_dec.norm(dim=2).sum(1)).sum()), rel=1e-5)
+    assert f is not None and s[4] == (f > 0).sum() and s[5] == pytest.approx(float(.5*(f @ cc.W_dec.detach().norm(dim=2).sum(1)).sum()), rel=1e-5)
     w = cc.W_dec.detach().clone().requires_grad_(); loss = ((torch.einsum("nj,jmd->nmd", f, w) - x).pow(2).sum() + .5*(f @ w.norm(dim=2).sum(1)).sum())/50
     assert torch.allclose(torch.autograd.grad(loss, w)[0], cc.W_dec.grad, atol=1e-5)
     assert state["lam"] > .5                                                    # L0 is above k: the price rises
