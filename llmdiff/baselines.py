@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'L1_LR', 'l1_step', 'Partitioned', 'partitioned_step', 'as_pair', 'difference', 'quality', 'fit_difference',
-           'new_dictionary', 'train_as', 'set_threshold', 'fit', 'scan_difference', 'activation_nus',
+           'new_dictionary', 'train_as', 'set_threshold', 'fit', 'scan_difference', 'activation_quotients',
            'difference_table', 'judge_difference', 'measured', 'norm_verdicts', 'save_fit', 'load_fit', 'replicates',
            'method_row', 'best_note']
 
@@ -167,7 +167,7 @@ def fit(method,   # one of METHODS
 
 # %% ../nbs/81_baselines.ipynb #c017
 @torch.no_grad()
-def scan_difference(store, cc, pair, n_blocks=20, seed=0, docs=None, dtype=torch.float32)->dict: # -> sums as in `scaling.scan`; by_block [blocks, D, 3]
+def scan_difference(store, cc, pair, n_blocks=40, seed=0, dtype=torch.float32)->dict: # -> sums as in `scaling.scan`; by_block [blocks, D, 3]
     "C, f<x_A, d> and f<x_B, d> by block of documents, for the direction d that B gains."
     D, dev = cc.n_latents, cc.W_dec.device; W = cc.W_dec[:, 1].detach().to(dtype).contiguous()
     S = {"by_block": torch.zeros(n_blocks*D, 3, dtype=torch.float64, device=dev), **{k: torch.zeros(D, dtype=torch.float64, device=dev) for k in ("count", "n_docs", "max_act")}, "n_tokens": 0}
@@ -179,29 +179,27 @@ def scan_difference(store, cc, pair, n_blocks=20, seed=0, docs=None, dtype=torch
         S["n_docs"] += torch.bincount(torch.unique(torch.from_numpy(doc.astype(np.int64)).to(dev)[c.row]*D + c.latent) % D, minlength=D); S["n_tokens"] += len(x)
     return {k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in S.items()} | {"by_block": S["by_block"].view(n_blocks, D, 3).cpu().numpy()}
 
-def activation_nus(sums)->dict: # [..., D, 3] -> nu_act_B, nu_act_A
-    "The ratios of the activation target for both probes."
+def activation_quotients(sums)->dict: # [..., D, 3] -> nu_act_B, nu_act_A: numerator, denominator
+    "What is divided for both probes of the activation target."
     A, B = sums[..., 1], sums[..., 2]
-    return {"nu_act_B": scaling.ratio(A, B), "nu_act_A": scaling.ratio(-B, -A)}
+    return {"nu_act_B": (A, B), "nu_act_A": (-B, -A)}
 
 def difference_table(S, W_dec, n_boot=500, seed=0)->pd.DataFrame: # sums of `scan_difference`
-    "One row a latent: counts, both ratios, percentile intervals over blocks of documents."
-    by, nb = S["by_block"], len(S["by_block"])
-    w = np.random.default_rng(seed).multinomial(nb, np.full(nb, 1/nb), size=n_boot).astype(float)
-    t = scaling.decoder_table(W_dec).assign(count=S["count"].astype(int), n_docs=S["n_docs"].astype(int), freq=S["count"]/S["n_tokens"], max_act=S["max_act"], **activation_nus(by.sum(0)))
-    for name, v in activation_nus(np.einsum("bk,kjc->bjc", w, by, optimize=True)).items():
-        ok = (~np.isnan(v)).mean(0) > .5
-        for end, q in (("lo", .025), ("hi", .975)): t[f"{name}_{end}"] = np.where(ok, np.nanquantile(np.where(ok, v, 0.), q, axis=0), np.nan)
-    return t
+    "One row a latent: counts, both ratios, their intervals over blocks of documents."
+    nu = {n: scaling.ratio(*v) for n, v in activation_quotients(S["by_block"].sum(0)).items()}
+    t = scaling.decoder_table(W_dec).assign(count=S["count"].astype(int), n_docs=S["n_docs"].astype(int), freq=S["count"]/S["n_tokens"], max_act=S["max_act"], **nu)
+    return t.assign(**scaling.intervals(S["by_block"], lambda sums, _: activation_quotients(sums), n_boot, seed))
 
-def judge_difference(t, nu_act_cut=.3, min_count=10)->pd.DataFrame: # t with `alive`, `verdict`
-    "The verdict of the activation target; what both models hold in different strength is \"other\"."
-    alive = t["count"] >= min_count
-    rules = {"dead": t["count"] == 0, "other": ~alive, "unique-B": t.nu_act_B.abs() < nu_act_cut, "unique-A": t.nu_act_A.abs() < nu_act_cut}
-    return t.assign(alive=alive, verdict=np.select(list(rules.values()), list(rules), "other"))
+def judge_difference(t, nu_act_cut=.3, min_count=10)->pd.DataFrame: # t with `alive`, `verdict`, `point`
+    "The verdict of the activation target, by the estimates and with certainty; what both models hold in different strength is \"other\"."
+    alive, c = t["count"] >= min_count, nu_act_cut
+    def rule(low): return np.select([t["count"] == 0, ~alive, low["B"], low["A"]], ["dead", "rare", "unique-B", "unique-A"], "other")
+    lo, hi = ({P: t[f"nu_act_{P}_{e}"] for P in "BA"} for e in ("lo", "hi"))
+    point, sure, may = (rule(low) for low in ({P: t[f"nu_act_{P}"].abs() < c for P in "BA"}, {P: (lo[P] > -c) & (hi[P] < c) for P in "BA"}, {P: (lo[P] < c) & (hi[P] > -c) for P in "BA"}))
+    return t.assign(alive=alive, point=point, verdict=np.where(sure == may, sure, "undecided"))
 
 # %% ../nbs/81_baselines.ipynb #c018
-def measured(cc, store, pair, n_blocks=20, n_boot=500, seed=0)->pd.DataFrame: # fitted by any method; anything with `rows`
+def measured(cc, store, pair, n_blocks=40, n_boot=500, seed=0)->pd.DataFrame: # fitted by any method; anything with `rows`
     "The judged table of a dictionary: Latent Scaling, or for the difference the activation target; `norm_verdict` is by Delta_norm alone."
     W = cc.W_dec.detach()
     if cc.method == "diff-sae": return judge_difference(difference_table(scan_difference(store, cc, pair, n_blocks, seed), W, n_boot, seed)).assign(norm_verdict="none")

@@ -578,7 +578,7 @@ def cmd_bench(a):
     "`llmdiff bench`"
     from llmdiff.bench import bench
     more = {k: v for k, v in (("model", a.model), ("layer", a.layer)) if v is not None}
-    bench([a.name] if a.name else None, a.size, a.repeats, a.json, run="runs/bench", **more)
+    bench([a.name] if a.name else None, a.size or ("small" if a.name == "truth" else "full"), a.repeats, a.json, run="runs/bench", **more)
 
 def cmd_paper(a):
     "`llmdiff paper`: 1 if a printed number cannot be rebuilt"
@@ -615,8 +615,8 @@ def parser():
     s.add_argument("pair", help="e.g. pt-SimPO"); s.add_argument("latent", type=int)
     s.add_argument("--preset", default="small"); s.add_argument("--runs", metavar="DIR"); s.add_argument("--out", metavar="FILE")
     s = command("bench", cmd_bench, "measure speed and memory, against floors, peers and goals")
-    s.add_argument("name", nargs="?", help="step, harvest, reader, scaling or truth (default: all)")
-    s.add_argument("--size", default="full", help="full: the sizes of the goals, minutes; small: seconds (default: full)")
+    s.add_argument("name", nargs="?", help="step, harvest, reader, scaling (default: these four), or truth")
+    s.add_argument("--size", help="full: the sizes of the goals, minutes; small: seconds (default: full; for truth small, minutes)")
     s.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
     s.add_argument("--json", action="store_true", help="one JSON object a measurement")
     s.add_argument("--model", help="spec of the model that `harvest` reads"); s.add_argument("--layer", type=int, help="and at which layer")

@@ -80,7 +80,7 @@ def test_activation_target_agrees_with_the_direct_fit(store, fits):
         x = cc.normalise(r["acts"]); row, lat, val = cc.encode(x); on = lat == j
         num += [float((val[on].double() @ x[row[on], m].double()) @ cc.W_dec[j, 1].detach().double()) for m in (0, 1)]
     assert S["by_block"].sum(0)[j, 1:] == pytest.approx(num, rel=1e-5)
-    for P, (a, b) in dict(B=(num[0], num[1]), A=(-num[1], -num[0])).items(): assert t[f"nu_act_{P}"][j] == pytest.approx(a/b, rel=1e-5) if b > 0 else np.isnan(t[f"nu_act_{P}"][j])
+    for P, (a, b) in dict(B=(num[0], num[1]), A=(-num[1], -num[0])).items(): assert t[f"nu_act_{P}"][j] == pytest.approx(a/b, rel=1e-5) if b > 0 else np.isinf(t[f"nu_act_{P}"][j])
     assert S["count"].sum() == sum(len(cc.encode(cc.normalise(r["acts"])).row) for r in store.rows())
 
 
