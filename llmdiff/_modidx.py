@@ -221,6 +221,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmdiff.causal.pushes': ('causal.html#pushes', 'llmdiff/causal.py'),
                                 'llmdiff.causal.recovered': ('causal.html#recovered', 'llmdiff/causal.py'),
                                 'llmdiff.causal.set_panel': ('causal.html#set_panel', 'llmdiff/causal.py'),
+                                'llmdiff.causal.set_rows': ('causal.html#set_rows', 'llmdiff/causal.py'),
                                 'llmdiff.causal.shift': ('causal.html#shift', 'llmdiff/causal.py'),
                                 'llmdiff.causal.side_by_side': ('causal.html#side_by_side', 'llmdiff/causal.py'),
                                 'llmdiff.causal.single_effects': ('causal.html#single_effects', 'llmdiff/causal.py'),

@@ -7,8 +7,8 @@ __all__ = ['TUPLES', 'WAYS', 'GROUPS', 'ORDER', 'latent_steps', 'codes_of', 'shi
            'check_logits', 'answer_marker', 'answer_positions', 'choose_chats', 'streams', 'energies', 'matched',
            'latent_sets', 'variants', 'kl_rows', 'first_change', 'patch_kl', 'draws', 'recovered', 'against',
            'by_energy', 'pair_kl', 'check_kl', 'causal_pair', 'folded', 'control_sets', 'single_effects', 'pushes',
-           'mean_kl', 'steer_kl', 'steer_pair', 'steered_answers', 'steer_texts', 'side_by_side', 'set_panel',
-           'causal_figure', 'in_words', 'steering_figure', 'steering_in_words']
+           'mean_kl', 'steer_kl', 'steer_pair', 'steered_answers', 'steer_texts', 'side_by_side', 'set_rows',
+           'set_panel', 'causal_figure', 'in_words', 'steering_figure', 'steering_in_words']
 
 # %% ../nbs/07_causal.ipynb #c002
 from pathlib import Path
@@ -407,17 +407,23 @@ def side_by_side(t): # from `steer_texts`
     return t.style.format(precision=2, escape="html").hide(axis="index").set_table_styles(left).set_uuid("t" + digest(t.to_dict("list"))[:8])
 
 # %% ../nbs/07_causal.ipynb #c049
-def set_panel(ax, r, way): # from `causal_pair`
-    "Every set of one pair: the share with its interval, control sets as a strip of dots."
+def set_rows(results): # pair name -> from `causal_pair`
+    "The sets that any of the pairs has, in their order."
+    longest = max((list(folded(r).patch) for r in results.values()), key=len)
+    every = longest + [n for r in results.values() for n in folded(r).patch if n not in longest]
+    return [n for n in dict.fromkeys(every) if n not in ("none", "h_B everywhere", "h_A everywhere")]
+
+def set_panel(ax, r, way, rows): # from `causal_pair`; from `set_rows`
+    "Every set of one pair: the share with its interval, control sets as a strip of dots; a set that the pair does not have stays empty."
     f, dots = folded(r).set_index("patch"), control_sets(r, way)
-    f = f.drop([n for n in ("none", "h_B everywhere", "h_A everywhere") if n in f.index])
-    for i, n in enumerate(f.index):
+    for i, n in enumerate(rows):
+        if n not in f.index: continue
         c, s = "C3" if n.startswith("unique-B") else "0.35" if n in ("matched", "random") else "C0", dots.share[dots.control == n]
         ax.plot(s, i + np.linspace(-.28, .28, len(s)), ".", color="0.65", ms=3)
         ax.plot(f.loc[n, ["lo", "hi"]].astype(float), [i, i], color=c, lw=2); ax.plot(f[WAYS[way]["share"]][n], i, "o", color=c, ms=5)
     for x in (0, 1): ax.axvline(x, color="k", lw=.6, ls=":" if x else "-")
     ax.set_xscale("symlog", linthresh=.05, linscale=.8); ax.set_xticks([0, .05, .2, 1], ["0", "5 %", "20 %", "100 %"]); ax.minorticks_off()
-    ax.set_yticks(range(len(f)), f.index); ax.set(xlabel=f"share of KL {WAYS[way]['share']}", ylim=(len(f) - .4, -.6))
+    ax.set_yticks(range(len(rows)), rows); ax.set(xlabel=f"share of KL {WAYS[way]['share']}", ylim=(len(rows) - .4, -.6))
 
 def causal_figure(results): # way -> pair name -> from `causal_pair`
     "Patching above, ablation below, a column for each pair."
@@ -425,7 +431,7 @@ def causal_figure(results): # way -> pair name -> from `causal_pair`
     names = list(results["patch"]); fig, axes = plt.subplots(2, len(names), figsize=(3*len(names) + 1.8, 7), squeeze=False)
     for row, (way, of) in zip(axes, results.items()):
         for ax, n in zip(row, names):
-            set_panel(ax, of[n], way); ax.set_title(n + (": added to A" if way == "patch" else ": taken from B"), fontsize="medium")
+            set_panel(ax, of[n], way, set_rows(of)); ax.set_title(n + (": added to A" if way == "patch" else ": taken from B"), fontsize="medium")
             if ax is not row[0]: ax.set_yticklabels([])
     r = results["patch"][names[0]]; sizes = ", ".join(f"{int(folded(x).set_index('patch').latents['unique-B'])} in {n}" for n, x in results["patch"].items())
     fig.suptitle(f"{r.docs.iloc[0]} documents, {r.tokens.iloc[0]} answer tokens; latents unique to B: {sizes}; each grey dot is a control set of as many; linear up to 5 %", fontsize="small")
