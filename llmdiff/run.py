@@ -381,7 +381,7 @@ def commit(home): # the commit, with "+" if files differ from it; None without g
 
 TEXTS = {"model_answers", "steering_texts"}   # tables of texts that models have written, among them answers to harmful requests: they stay in the run's folder
 
-def publish(preset, R, home, values=None):
+def publish(preset, R, home, values=None, note=""):
     "Copy tables and figures of a whole run to `figures/`, in place of the set that was there."
     R, out, state, nbs = Path(R), Path(home)/"figures", load_state(R), steps(home)
     missing = [f.stem for f in nbs if f.stem not in state and not extra(f)]
@@ -393,7 +393,7 @@ def publish(preset, R, home, values=None):
     for f in new: shutil.copyfile(f, out/f.name)
     secs, mem = {s: state[s]["seconds"] for s in sorted(state)}, [s["peak_gb"] for s in state.values() if s["peak_gb"]]
     disk = sum(f.stat().st_size for f in R.rglob("*") if f.is_file())
-    write_json(out/"manifest.json", dict(preset=preset, parameters={**load_preset(preset, Path(home)/"settings.ini"), **(values or {})},
+    write_json(out/"manifest.json", dict(preset=preset, parameters={**load_preset(preset, Path(home)/"settings.ini"), **(values or {})}, note=note,
         versions=versions(), commit=commit(home), cores=os.cpu_count(), seconds=secs, peak_memory_gb=max(mem, default=None),
         disk_gb=round(disk/1e9, 3), files={f.name: sha256(f) for f in new}))
     return out
@@ -547,7 +547,7 @@ def cmd_run(a):
     R = run_all(a.preset, a.only, a.start, a.force, values, runs=a.runs)
     print(main_table(R, root()))
     if a.save:
-        print(f"saved to {shown(publish(a.preset, R, root(), values), root())}")
+        print(f"saved to {shown(publish(a.preset, R, root(), values, a.note), root())}")
         readme(); print("README.md written")
 
 def parse(text): # of a value on the command line
@@ -608,6 +608,7 @@ def parser():
     s.add_argument("--from", dest="start", metavar="NN", help="the first step to look at, e.g. 05")
     s.add_argument("--force", action="store_true", help="also run steps that are up to date")
     s.add_argument("--save", action="store_true", help="copy tables and figures to figures/, and write README.md")
+    s.add_argument("--note", default="", help="with --save: what a reader of the durations should know")
     s.add_argument("-p", action="append", default=[], metavar="KEY=VALUE", help="set a parameter for this run; may be repeated")
     s.add_argument("--runs", metavar="DIR", help="where run folders are (default: runs)")
     command("presets", cmd_presets, "list the presets and their parameters")
