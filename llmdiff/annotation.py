@@ -231,8 +231,9 @@ def fires_on(pk, # from `peaks`
     if not len(p) or (p.n.max() < n/2 and p.n.sum() < .6*n): return ""
     whole = lambda r: r.token if len(r.words) > 1 or not r.words[0] else f"“{r.words[0]}”"        # one word only: name that
     names = list(dict.fromkeys(whole(r) for r in p.itertuples()))
-    stems = [w for w in p.words.iloc[0] if w and f"“{w}”" not in names] if len(names) == 1 and names[0].startswith("“") and names[0][1:-1] not in p.words.iloc[0] else []
-    return f"fires on {' or '.join(names)}" + (f" in {', '.join(stems[:2])}" if stems else "")
+    part = lambda r: r.token.startswith("“") and len(r.words) > 1 and r.token.strip("“”") not in r.words      # a piece of words
+    stems = [w for r in p.itertuples() if part(r) for w in r.words[:3 - len(p)]]
+    return f"fires on {' or '.join(names)}" + (f" in {', '.join(stems)}" if stems else "")
 
 def make_label(fires, words, place, form)->str: # form: "in German text", "in program code" or ""
     "One to eight words."
