@@ -682,8 +682,9 @@ def offline_themes(texts, # descriptions
     rows = [(i, at[i], "top", i, w, 1.0) for i, t in enumerate(texts) for w, _ in weighted_words([t], [0])]
     words = pd.DataFrame(rows, columns=["context", "latent", "kind", "doc", "word", "weight"])
     words.attrs["contexts"] = len(texts), pd.Series(at).value_counts()
-    kw = keywords(words, n=3, alpha=.05, near=.2).groupby("latent").word.agg(", ".join)
-    return [(kw.get(c, "no common word"), " ".join(texts[i] for i in np.flatnonzero(at == c)[:3])) for c in range(at.max(initial=-1) + 1)], at
+    kw = keywords(words, n=3, alpha=2, near=.2).groupby("latent").word.agg(", ".join)     # no test: the clusters were made from these very texts
+    first = lambda c: texts[np.flatnonzero(at == c)[0]].split(". ")[0]
+    return [(kw.get(c) or first(c), " ".join(texts[i] for i in np.flatnonzero(at == c)[:3])) for c in range(at.max(initial=-1) + 1)], at
 
 def discover(descriptions,  # annotation table, columns label, description, patterns, or a list of texts
              taxonomy=None, # from `load_taxonomy`
