@@ -249,10 +249,13 @@ def method_row(method, store, pair, seeds=3, seed=0, n_boot=500, causal=None, **
     for P in "AB": row[f"replicated_{P}"] = int(replicates(fits, f"unique-{P}").sum()) if seeds > 1 else None
     return row | dict(zip(("recovered", "recovered_lo", "recovered_hi"), causal(cc, t) if causal else (np.nan,)*3))
 
-def best_note(t, seeds)->str: # of `method_row`s
-    "What the table says, in a sentence."
-    both = t[~t.method.isin(["diff-sae", "random"])]; a = both.loc[both[["fve_A", "fve_B"]].mean(axis=1).idxmax()]; d = t.loc[t.fve_diff.idxmax()]
-    s = f"Of the methods that explain both models, {a.method} explains most of them (FVE {a.fve_A:.3f} and {a.fve_B:.3f}); most of the difference is explained by {d.method} ({d.fve_diff:.3f}). "
+def best_note(t, seeds, k)->str: # of `method_row`s; the L0 that was asked for
+    "What the table says, in a sentence; a method that missed the asked L0 by a quarter is not compared."
+    fair = (t.l0/k - 1).abs() < .25; both = t[~t.method.isin(["diff-sae", "random"])]; same = both[fair]; s = ""
+    if len(same):
+        a, d = same.loc[same[["fve_A", "fve_B"]].mean(axis=1).idxmax()], t[fair].loc[t[fair].fve_diff.idxmax()]
+        s = f"Of the methods that explain both models, {a.method} explains most of them (FVE {a.fve_A:.3f} and {a.fve_B:.3f}); most of the difference is explained by {d.method} ({d.fve_diff:.3f}). "
+    if (~fair).any(): s += "Not compared: " + ", ".join(f"{r.method}, whose L0 is {r.l0:.0f}" for r in t[~fair].itertuples()) + f" where {k} was asked for. "
     u = both.assign(n=both.unique_A + both.unique_B, m=both.norm_A.fillna(0) + both.norm_B.fillna(0))
     s += "Unique latents by the verdict, and by norm alone: " + "; ".join(f"{r.method} {r.n:.0f}, {r.m:.0f}" for r in u.itertuples()) + "."
     if seeds > 1: s += " Replicated in all seeds: " + "; ".join(f"{r.method} {r.replicated_A + r.replicated_B:.0f} of {r.unique_A + r.unique_B:.0f}" for r in t.itertuples()) + "."

@@ -422,7 +422,7 @@ def set_panel(ax, r, way, rows): # from `causal_pair`; from `set_rows`
         ax.plot(s, i + np.linspace(-.28, .28, len(s)), ".", color="0.65", ms=3)
         ax.plot(f.loc[n, ["lo", "hi"]].astype(float), [i, i], color=c, lw=2); ax.plot(f[WAYS[way]["share"]][n], i, "o", color=c, ms=5)
     for x in (0, 1): ax.axvline(x, color="k", lw=.6, ls=":" if x else "-")
-    ax.set_xscale("symlog", linthresh=.05, linscale=.8); ax.set_xticks([0, .05, .2, 1], ["0", "5 %", "20 %", "100 %"]); ax.minorticks_off()
+    ax.set_xscale("symlog", linthresh=.05, linscale=.8); ax.set_xticks([0, .05, .2, 1], ["0", "5 %", "20 %", "100 %"], fontsize="small"); ax.minorticks_off()
     ax.set_yticks(range(len(rows)), rows); ax.set(xlabel=f"share of KL {WAYS[way]['share']}", ylim=(len(rows) - .4, -.6))
 
 def causal_figure(results): # way -> pair name -> from `causal_pair`
@@ -457,8 +457,9 @@ def steering_figure(t): # the table `steering`, not empty
             look = dict(color=f"C{i}" if d == "latent" else "0.6", ls="-" if A else "--", marker="o", ms=3, lw=1, label=f"{who}, {j if d == 'latent' else 'random'}")
             col[0].errorbar(g.a, g.kl, [g.kl - g.kl_lo, g.kl_hi - g.kl], **look)
             if A: col[1].errorbar(g.a, g.recovered, [g.recovered - g.lo, g.hi - g.recovered], **look)
-        col[0].set_title(n, fontsize="medium"); col[1].axhline(0, color="k", lw=.6); col[1].set_xlabel("strength a"); col[0].legend(fontsize=6, frameon=False)
+        col[0].set_title(n, fontsize="medium"); col[1].axhline(0, color="k", lw=.6); col[1].set_xlabel("strength a"); col[0].legend(fontsize=6, frameon=False, loc="upper left", ncols=2)
         col[0].set_yscale("log"); col[1].set_yscale("symlog", linthresh=.1)
+    axes[0, 0].set_ylim(top=1e4*axes[0, 0].get_ylim()[1])                                      # room for the legends
     axes[0, 0].set_ylabel("KL to unsteered (nats)"); axes[1, 0].set_ylabel("share recovered in A")
     fig.suptitle(f"{t.docs.iloc[0]} documents, {t.tokens.iloc[0]} answer tokens; random: the same length in a random direction", fontsize="small"); fig.tight_layout(); plt.close(fig)
     return fig
