@@ -27,7 +27,7 @@ def no_peers(monkeypatch):
 
 # ---- what is reported
 
-@pytest.mark.parametrize("name", B.BENCHES)
+@pytest.mark.parametrize("name", B.SPEED)
 def test_each_benchmark_gives_a_table(name, no_peers, tmp_path):
     (_, t), = B.measure([name], "small", 1, run=str(tmp_path), say=lambda s: None)
     assert KEYS <= set(t.columns) and len(t) and t.ratio.map(math.isfinite).all() and not t.assign(sizes=t.sizes.map(B.in_words)).duplicated(["name", "sizes"]).any()
