@@ -251,7 +251,7 @@ def method_row(method, store, pair, seeds=3, seed=0, n_boot=500, causal=None, **
 
 def best_note(t, seeds, k)->str: # of `method_row`s; the L0 that was asked for
     "What the table says, in a sentence; a method that missed the asked L0 by a quarter is not compared."
-    fair = (t.l0/k - 1).abs() < .25; both = t[~t.method.isin(["diff-sae", "random"])]; same = both[fair]; s = ""
+    fair = (t.l0/k - 1).abs() < .25; both = t[~t.method.isin(["diff-sae", "random"])]; same = both[fair[both.index]]; s = ""
     if len(same):
         a, d = same.loc[same[["fve_A", "fve_B"]].mean(axis=1).idxmax()], t[fair].loc[t[fair].fve_diff.idxmax()]
         s = f"Of the methods that explain both models, {a.method} explains most of them (FVE {a.fve_A:.3f} and {a.fve_B:.3f}); most of the difference is explained by {d.method} ({d.fve_diff:.3f}). "
