@@ -500,6 +500,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmdiff.parallel.harvest_preset': ('parallel.html#harvest_preset', 'llmdiff/parallel.py'),
                                   'llmdiff.parallel.harvest_ranks': ('parallel.html#harvest_ranks', 'llmdiff/parallel.py'),
                                   'llmdiff.parallel.hooks': ('parallel.html#hooks', 'llmdiff/parallel.py'),
+                                  'llmdiff.parallel.lost': ('parallel.html#lost', 'llmdiff/parallel.py'),
                                   'llmdiff.parallel.main': ('parallel.html#main', 'llmdiff/parallel.py'),
                                   'llmdiff.parallel.meet': ('parallel.html#meet', 'llmdiff/parallel.py'),
                                   'llmdiff.parallel.nth_largest': ('parallel.html#nth_largest', 'llmdiff/parallel.py'),

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SPLIT', 'meet', 'place', 'total', 'everyone', 'check_layout', 'nth_largest', 'select_ranks', 'aux_ranks',
            'step_ranks', 'slice_of', 'blank', 'tensors', 'spread', 'collect', 'from_rank0', 'hooks', 'train_ranks',
-           'Helped', 'check_same', 'pair_ranks', 'settings_of', 'harvest_preset', 'work', 'parser', 'main',
+           'Helped', 'check_same', 'pair_ranks', 'settings_of', 'harvest_preset', 'work', 'parser', 'lost', 'main',
            'self_check', 'harvest_ranks', 'traffic', 'seconds_a_step', 'cluster_cost']
 
 # %% ../nbs/92_parallel.ipynb #c002
-import argparse, contextlib, json, math, os, sys, tempfile, time
+import argparse, contextlib, json, math, os, signal, sys, tempfile, time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -276,18 +276,24 @@ def parser():
     return p
 
 # %% ../nbs/92_parallel.ipynb #c032
+def lost(*_): # the arguments of a signal handler
+    "Say, once, that this training cannot go on, and leave with status 1."
+    if signal.signal(signal.SIGTERM, signal.SIG_IGN) is not signal.SIG_IGN and int(os.environ.get("LOCAL_RANK", 0)) < 2:
+        print(f"llmdiff: rank {os.environ['RANK']} stops: another rank has died or hangs, or the job was cancelled: run the same command again, training goes on from the last checkpoint", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
 def main(argv=None): # the words of the command line
     "0 if all went well; 1 and one sentence if not."
     a, local = parser().parse_args(argv), int(os.environ.get("LOCAL_RANK", 0))
+    before = signal.signal(signal.SIGTERM, lost)
     try: work(a)
     except UserError as e:
         if local == 0 or e.__context__: print(f"llmdiff: {e}", file=sys.stderr, flush=True)   # once, or by the one rank whose error it is
         return 1
     except (dist.DistError, RuntimeError) as e:
         if not isinstance(e, dist.DistError) and not any(w in str(e) for w in ("gloo", "Gloo", "NCCL", "onnection")): raise
-        if local < 2:
-            print(f"llmdiff: rank {os.environ['RANK']} has lost another rank, which has died or hangs: run the same command again, training goes on from the last checkpoint", file=sys.stderr, flush=True)
-        return 1
+        lost()
+    finally: signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
     return 0
 

@@ -196,7 +196,7 @@ def test_a_rank_is_killed_and_the_job_goes_on(tmp_path, monkeypatch):
     _, err = p.communicate(timeout=100)                                # bounded: the others do not wait for the dead
     assert p.returncode not in (0, None) and not (cut/"model.safetensors").exists()
     said = [s for s in err.splitlines() if s.startswith("llmdiff:")]
-    assert said == ["llmdiff: rank 0 has lost another rank, which has died or hangs: run the same command again, training goes on from the last checkpoint"], err
+    assert said == ["llmdiff: rank 0 stops: another rank has died or hangs, or the job was cancelled: run the same command again, training goes on from the last checkpoint"], err
     assert [f.name for f in cut.iterdir()] == ["checkpoint.safetensors"]
     with training.safe_open(cut/"checkpoint.safetensors", "pt") as f: assert 0 < int(f.metadata()["step"]) < 390
     r = run(command(tmp_path/"cut"))
@@ -237,6 +237,19 @@ def test_who_says_it(monkeypatch, capsys, local, cause, lines):
         raise UserError("too large")
     monkeypatch.setenv("LOCAL_RANK", local); monkeypatch.setattr(parallel, "work", work)
     assert parallel.main([]) == 1 and capsys.readouterr().err == "llmdiff: too large\n"*lines
+
+
+@pytest.mark.parametrize("first", ["signal", "connection"])
+def test_a_lost_rank_is_said_once(monkeypatch, capsys, first):
+    "By torchrun's SIGTERM or by the closed connection, whichever comes first."
+    def work(a):
+        try: signal.raise_signal(signal.SIGTERM) if first == "signal" else None
+        finally: raise RuntimeError("Connection closed by peer")
+    monkeypatch.setenv("RANK", "1"); monkeypatch.setenv("LOCAL_RANK", "1"); monkeypatch.setattr(parallel, "work", work)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as e: parallel.main([])
+    assert e.value.code == 1 and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == "llmdiff: rank 1 stops: another rank has died or hangs, or the job was cancelled: run the same command again, training goes on from the last checkpoint\n"
 
 
 def test_a_rank_with_other_code_is_named(worlds):
