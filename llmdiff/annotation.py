@@ -447,16 +447,16 @@ def lost_batch(client, file, keys):
         if b.id in known or sum(b.request_counts.to_dict().values()) != len(keys): continue
         if not b.results_url or next(iter(batches.results(b.id))).custom_id in keys: return b.id
 
-def hand_in(todo,   # dict: key -> body
+def hand_in(unasked,   # dict: key -> body
             file, client, waits):
     "Create a batch and note it; the number of the batch."
     import anthropic
-    keep(file, dict(batch="", keys=list(todo)))                                    # before it is sent
-    note = lambda b: keep(file, dict(batch=b, keys=list(todo))) or b
+    keep(file, dict(batch="", keys=list(unasked)))                                    # before it is sent
+    note = lambda b: keep(file, dict(batch=b, keys=list(unasked))) or b
     for s in waits:
-        try: return note(client.with_options(max_retries=0).messages.batches.create(requests=[dict(custom_id=k, params=b) for k, b in todo.items()]).id)
+        try: return note(client.with_options(max_retries=0).messages.batches.create(requests=[dict(custom_id=k, params=b) for k, b in unasked.items()]).id)
         except (anthropic.APIConnectionError, anthropic.InternalServerError):       # it may have arrived: asking blindly could pay twice
-            if b := lost_batch(client, file, todo): return note(b)
+            if b := lost_batch(client, file, unasked): return note(b)
         except anthropic.RateLimitError as e: s = max(s, float(e.response.headers.get("retry-after") or 0))
         time.sleep(s)
     raise UserError("Claude took no batch for as long as we waited: run the step again")
@@ -469,18 +469,18 @@ def wait_for(batch, client, waits):
         time.sleep(s)
     raise UserError(f"batch {batch} is still in progress: run the step again to go on waiting; it is not paid for twice")
 
-def collect(batch, todo, file, client, waits):
+def collect(batch, unasked, file, client, waits):
     "File the answers of a batch that has ended; a stream that breaks is read again. The counts by kind."
     done, counts = set(), {}
     for s in waits:
         try:
             for r in client.messages.batches.results(batch):
                 kind, k = r.result.type, r.custom_id
-                if k in done or k not in todo: continue
+                if k in done or k not in unasked: continue
                 done.add(k); error = kind == "errored" and r.result.error.error.type
                 counts[error or kind] = counts.get(error or kind, 0) + 1
-                if kind == "succeeded": keep_answer(file, todo[k], r.result.message.to_dict())
-                elif error == "invalid_request_error": keep_answer(file, todo[k], r.result.error.to_dict())
+                if kind == "succeeded": keep_answer(file, unasked[k], r.result.message.to_dict())
+                elif error == "invalid_request_error": keep_answer(file, unasked[k], r.result.error.to_dict())
             return counts
         except (ValueError, *broken_stream()): time.sleep(s)                       # half a line, or no more bytes
     raise UserError(f"the results of batch {batch} could not be read to their end: run the step again; it is not paid for twice")
@@ -491,26 +491,26 @@ def broken_stream()->tuple:
     http = sys.modules[anthropic.DefaultHttpxClient.__mro__[1].__module__.split(".")[0]]
     return anthropic.APIConnectionError, http.TransportError
 
-def by_batch(todo,  # dict: key -> body
+def by_batch(unasked,  # dict: key -> body
              new,   # bool: hand in what no batch holds yet
              file, client, model, per_batch=5000, waits=pauses):
     "Answer requests through batches: first those that an earlier run left under way, then new ones."
     with plain_errors(model):
         for left in open_batches(file):
-            if not set(left["keys"]) & set(todo): continue                         # another pair's
+            if not set(left["keys"]) & set(unasked): continue                         # another pair's
             b = left["batch"] or lost_batch(client, file, left["keys"])
             keep(file, dict(batch=b, keys=left["keys"]) if b else dict(batch="", keys=left["keys"], ended={}))   # ended: it never arrived
-            if b: finish_batch(b, todo, file, client, waits)
-        have = read_answers(file); rest = [k for k in todo if k not in have] if new else []
+            if b: finish_batch(b, unasked, file, client, waits)
+        have = read_answers(file); rest = [k for k in unasked if k not in have] if new else []
         for i in range(0, len(rest), per_batch):
-            part = {k: todo[k] for k in rest[i:i + per_batch]}
+            part = {k: unasked[k] for k in rest[i:i + per_batch]}
             finish_batch(hand_in(part, file, client, waits()), part, file, client, waits)
 
-def finish_batch(batch, todo, file, client, waits):
+def finish_batch(batch, unasked, file, client, waits):
     "Wait for a batch, file its answers, note how it ended; one that the server no longer has is given up."
     import anthropic
-    try: counts = collect(batch, todo, file, client, waits()) if wait_for(batch, client, waits()).results_url else {"archived": len(todo)}
-    except anthropic.NotFoundError: counts = {"gone": len(todo)}
+    try: counts = collect(batch, unasked, file, client, waits()) if wait_for(batch, client, waits()).results_url else {"archived": len(unasked)}
+    except anthropic.NotFoundError: counts = {"gone": len(unasked)}
     keep(file, dict(batch=batch, keys=[], ended=counts))
     print(f"batch {batch}: " + ", ".join(f"{n} {k}" for k, n in sorted(counts.items())))
 
@@ -550,9 +550,9 @@ def estimate(bodies,      # requests not on file
     n_out, half = n_out*len(bodies), 0.5 if batch_from is not None and len(bodies) > batch_from else 1
     return len(bodies), n_in, n_out, half*(n_in*price[0] + n_out*price[1])/1e6
 
-def check_cap(todo, model, price, max_requests, max_usd, batch_from):
+def check_cap(unasked, model, price, max_requests, max_usd, batch_from):
     "Say what is about to be asked and what it costs; `UserError` if that is over the cap."
-    n, n_in, n_out, usd = estimate(todo, price, batch_from=batch_from)
+    n, n_in, n_out, usd = estimate(unasked, price, batch_from=batch_from)
     hint = "raise it, or annotate fewer latents; nothing was sent"
     check(n <= max_requests, f"Claude would need {n} requests (about {usd:.2f} US dollars) and max_requests is {max_requests}: {hint}")
     check(usd <= max_usd, f"Claude would need about {usd:.2f} US dollars ({n} requests) and max_usd is {max_usd:g}: {hint}")
@@ -567,12 +567,12 @@ def ask_all(bodies,  # dict: anything -> body of a request
            )->dict:  # the same keys -> (dict or None, status, model that answered)
     "The answers to all requests, from the file where they are there, by batch if there are many, else one by one."
     have = read_answers(file)
-    todo = {digest(b): b for b in bodies.values() if digest(b) not in have}
-    if todo:
+    unasked = {digest(b): b for b in bodies.values() if digest(b) not in have}
+    if unasked:
         c = client()
-        by_batch(todo, len(todo) > batch_from, file, c, next(iter(todo.values()))["model"], waits=waits)
+        by_batch(unasked, len(unasked) > batch_from, file, c, next(iter(unasked.values()))["model"], waits=waits)
         have = read_answers(file)
-        send_all([b for k, b in todo.items() if k not in have], file, c, workers)
+        send_all([b for k, b in unasked.items() if k not in have], file, c, workers)
         have = read_answers(file)
     return {j: (*parse(r := have[digest(b)], schema), r.get("model") or b["model"]) for j, b in bodies.items()}
 

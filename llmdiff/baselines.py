@@ -25,10 +25,10 @@ from .training import check_training, chunks, dead_latents, train
 def l1_step(cc, opt, x,      # x [batch, n_models, d_model], normalised
             state,           # `since`, `threshold`, `step`, and `lam` once it has begun; changed in place
             dtype=None, per_token=None, # not used: there is no scan and no competition
-            n_steps=1000, steer=.7, eta=.01, lam=.3, warmup=.1, # share of the steps in which lambda is steered; its first value; share in which it grows from nothing
+            n_steps=1000, steer=.7, lam=.3, warmup=.1, # share of the steps in which lambda is steered; its first value; share in which it grows from nothing
             dead_after=25_000, clip=1., **_):
     "One step on the squared error and the L1 price, by autograd; the same log entries as `train_step`, with the price in place of AuxK."
-    lam, share = state.setdefault("lam", lam), state["step"]/n_steps
+    lam, share, eta = state.setdefault("lam", lam), state["step"]/n_steps, max(.01, 7/n_steps)
     f = F.relu(x.flatten(1) @ cc.W_enc.flatten(1).T + cc.b_enc)
     e = (f @ cc.W_dec.flatten(1)).view_as(x) + cc.b_dec - x
     price = lam*min(1., share/warmup)*(f @ cc.W_dec.norm(dim=2).sum(1)).sum()

@@ -90,13 +90,13 @@ def code_of(nb): # notebook path
 
 def modules(src)->set: # names of modules of this package
     "The `llmdiff` modules that `src` imports, and those that they import."
-    lib, todo, seen = package(), [src], set()
-    while todo:
-        text = todo.pop()
+    lib, rest, seen = package(), [src], set()
+    while rest:
+        text = rest.pop()
         found = re.findall(r"^\s*(?:from\s+(?:llmdiff)?\.|import\s+llmdiff\.)(\w+)", text, re.M)
         for names in re.findall(r"^\s*from\s+(?:llmdiff|\.)\s+import\s+([\w ,]+)", text, re.M): found += re.findall(r"\w+", names)
         for m in set(found) - seen:
-            if (lib/f"{m}.py").exists(): seen.add(m); todo.append((lib/f"{m}.py").read_text(encoding="utf-8"))
+            if (lib/f"{m}.py").exists(): seen.add(m); rest.append((lib/f"{m}.py").read_text(encoding="utf-8"))
     return seen
 
 # %% ../nbs/90_run.ipynb #c015
@@ -335,7 +335,7 @@ def run_all(preset="small", # a section of settings.ini
     home, file = Path(home or root()), file or sys.stdout
     nbs = steps(home)
     values = {**load_preset(preset, home/"settings.ini"), **(values or {})}
-    todo, given, env = pick(nbs, only, start), parameters(values, nbs), environment(values)
+    wanted, given, env = pick(nbs, only, start), parameters(values, nbs), environment(values)
     preflight(values)
     R = Path(runs or home/"runs").expanduser().resolve()/preset
     R.mkdir(parents=True, exist_ok=True)
@@ -344,7 +344,7 @@ def run_all(preset="small", # a section of settings.ini
         state = load_state(R)
         for nb in nbs:
             name = nb.stem
-            if nb in todo:
+            if nb in wanted:
                 key = step_key(nb, given[name], data, before, home)
                 reason = "asked for" if force else why(name, state, key, given[name], files_of(R))
                 if reason:

@@ -334,8 +334,8 @@ def claude_scores(tasks,  # name -> (system, contexts)
                   notes, file, model, price=(5., 25.), max_requests=2000, client=claude_client, seed=0)->dict: # name -> (S [D, n], asked [D, n])
     "Probabilities by Claude, nan where it was not asked or did not answer."
     asked = {k: v for task, (system, c) in tasks.items() for k, v in requests(task, system, notes, c, model, seed).items()}
-    have = read_answers(file); todo = [b for b, _ in asked.values() if digest(b) not in have]
-    n, n_in, n_out, usd = estimate(todo, price)
+    have = read_answers(file); unasked = [b for b, _ in asked.values() if digest(b) not in have]
+    n, n_in, n_out, usd = estimate(unasked, price)
     check(n <= max_requests, f"scoring by Claude would need {n} requests (about {usd:.2f} US dollars) and max_requests is {max_requests}: raise it, or score fewer latents; nothing was sent")
     if n: print(f"{model}: {n} requests to score labels, about {n_in:,} tokens in and {n_out:,} out, about {usd:.2f} US dollars")
     said, at = ask_all({k: b for k, (b, _) in asked.items()}, ANSWERS, file, client), {j: i for i, j in enumerate(notes.latent)}
