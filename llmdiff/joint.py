@@ -128,8 +128,9 @@ def lacked(h,   # table of `holders`
 
 def joint_examples(run, store, cc, h, docs, tok, # as for `examples.top_contexts`; table of `holders`
                    comparisons, max_latents=40, seed=0)->pd.DataFrame:
-    "Contexts of what one model of a comparison has and the other lacks; written under the name of all models."
+    "Contexts of what one model of a comparison has and the other lacks; written under the name of all models, if they are more than two."
     chosen = np.unique(np.concatenate([lacked(h, *c)[:max_latents] for x, y in comparisons for c in ((x, y), (y, x))] or [np.zeros(0, int)]))
     e = top_contexts(store, cc, cc.names, docs, tok, chosen, seed=seed)
-    with atomic(run_dir(run)/"examples"/f"{pair_name(cc.names)}.parquet") as f: pq.write_table(pa.Table.from_pandas(e, FIELDS, preserve_index=False), f)
+    if len(cc.names) > 2:                    # a pair has its own, of 08_examples
+        with atomic(run_dir(run)/"examples"/f"{pair_name(cc.names)}.parquet") as f: pq.write_table(pa.Table.from_pandas(e, FIELDS, preserve_index=False), f)
     return e

@@ -68,7 +68,10 @@ def test_what_one_model_lacks_is_labelled(tmp_path):
     assert len(jt.lacked(h.assign(undecided=True), "B", "A")) == 0
     w = World(); t = pd.DataFrame(dict(latent=range(6), count=[9, 8, 7, 6, 5, 4], has_A=[False]*3 + [True]*3, has_B=[True]*3 + [False]*3, undecided=[True] + [False]*5))
     e = jt.joint_examples(tmp_path, w, w.cc, t, w.docs, Tok(), [["A", "B"]], max_latents=2)
-    assert set(e.latent) == {1, 2, 3, 4} and pd.read_parquet(tmp_path/"examples/A-B.parquet").equals(e) and e.equals(w.run([1, 2, 3, 4]))
+    assert set(e.latent) == {1, 2, 3, 4} and e.equals(w.run([1, 2, 3, 4])) and not (tmp_path/"examples").exists()        # two models: the pair's own table stays
+    w.cc.names = ("A", "B", "C"); w.x = torch.cat([w.x, w.x[:, :1]], 1); w.cc = dictionary(torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0)), NAMES)
+    e = jt.joint_examples(tmp_path, w, w.cc, t, w.docs, Tok(), [["A", "B"]], max_latents=2)
+    assert set(e.latent) <= {1, 2, 3, 4} and len(e) and pd.read_parquet(tmp_path/"examples/A-B-C.parquet").equals(e)
     assert len(jt.joint_examples(tmp_path, w, w.cc, t, w.docs, Tok(), [])) == 0
 
 
