@@ -371,6 +371,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmdiff.examples.collect': ('examples.html#collect', 'llmdiff/examples.py'),
                                   'llmdiff.examples.contexts': ('examples.html#contexts', 'llmdiff/examples.py'),
                                   'llmdiff.examples.doc_maxima': ('examples.html#doc_maxima', 'llmdiff/examples.py'),
+                                  'llmdiff.examples.facts': ('examples.html#facts', 'llmdiff/examples.py'),
                                   'llmdiff.examples.first_of_text': ('examples.html#first_of_text', 'llmdiff/examples.py'),
                                   'llmdiff.examples.keep_best': ('examples.html#keep_best', 'llmdiff/examples.py'),
                                   'llmdiff.examples.load_examples': ('examples.html#load_examples', 'llmdiff/examples.py'),

@@ -7,7 +7,7 @@ __all__ = ['CAND', 'LOW', 'FIELDS', 'HUE', 'CSS', 'choose_latents', 'ranked', 'p
            'keep_best', 'same_text', 'first_of_text', 'silent_candidates', 'wanted_codes', 'pairs_in', 'sources_of',
            'collect', 'token_text', 'pieces', 'windower', 'spread', 'by_turns', 'repeats', 'unlike', 'sameness',
            'contexts', 'parts_at', 'model_parts', 'top_contexts', 'shown', 'strip', 'shade', 'parts_of', 'shares',
-           'Card', 'card', 'load_examples', 'viewer', 'pair_examples']
+           'Card', 'facts', 'card', 'load_examples', 'viewer', 'pair_examples']
 
 # %% ../nbs/08_examples.ipynb #c002
 import html, re, unicodedata
@@ -277,7 +277,7 @@ def top_contexts(store, cc, pair, docs, tok, latents, # [L] latent ids
     return pa.Table.from_pylist(rows_, FIELDS).to_pandas()
 
 # %% ../nbs/08_examples.ipynb #c034
-HUE = ("#029e73", "#7b2d8b") # of A and of B
+HUE = ("#029e73", "#7b2d8b", "#0072b2", "#d55e00") # of A, of B, of further models; then again from the first
 CSS = """<style>.ld-card{border:1px solid rgba(128,128,128,.4);border-radius:6px;padding:.6em .9em;max-width:60em;line-height:1.45}
 .ld-card p{margin:.25em 0;overflow-wrap:anywhere}.ld-card p,.ld-card .ld-x{unicode-bidi:isolate}.ld-card .ld-t{white-space:pre-wrap;border-radius:2px}
 .ld-card .ld-s{opacity:.65;font-size:85%}.ld-card .ld-b{display:inline-block;height:.6em;margin-right:.4em}</style>"""
@@ -287,17 +287,19 @@ def shown(s): # any text
     s = "".join({"\n": "\u21b5", "\t": "\u21e5", "\r": ""}.get(c, c if c.isprintable() or unicodedata.category(c) in ("Zs", "Cf") else "\u00b7") for c in s)
     return html.escape(s)
 
-def strip(parts, # [2], of A and of B
+def strip(parts, # [n_models]
           high="3px"):
     "A CSS background: a strip at the bottom, divided as the positive parts are; \"\" if there is none."
-    a, b = np.maximum(parts, 0)
-    return f"linear-gradient(90deg,{HUE[0]} {a/(a + b):.0%},{HUE[1]} 0) bottom/100% {high} no-repeat," if a + b > 0 else ""
+    p = np.maximum(parts, 0); hue = [HUE[i % len(HUE)] for i in range(len(p))]
+    if not p.sum() > 0: return ""
+    stops = [f"{c} {'0 '*(i > 0)}{x:.0%}" for i, (c, x) in enumerate(zip(hue, p.cumsum()[:-1]/p.sum()))]
+    return f"linear-gradient(90deg,{','.join([*stops, hue[-1] + ' 0'])}) bottom/100% {high} no-repeat,"
 
 def shade(tokens, # str of each token
           acts,   # activation of each
           top,    # activation that gets the full colour
-          parts=None, # [2, tokens], of A and of B, if known
-          names=()    # [A, B]
+          parts=None, # [n_models, tokens], if known
+          names=()    # of the models
          )->str:
     "Tokens as HTML, the background as strong as the activation; with parts, a strip that is divided between the models."
     def one(t, a, p):
@@ -325,19 +327,26 @@ class Card:
     def _repr_html_(self): return CSS + self.body
 
 # %% ../nbs/08_examples.ipynb #c036
+def facts(r, names): # row of the latents table; models -> what it is, [M] decoder norms, what was measured
+    "The head of a card: of a pair the verdict and its reason, of a joint dictionary (`83_joint`) the models that have the latent."
+    ci = lambda n, s: f"{n} {_num(r[f'{n}_{s}'])} ({_num(r[f'{n}_{s}_lo'])} to {_num(r[f'{n}_{s}_hi'])})"
+    if "models" in r.index:
+        held = "; ".join(f"{shown(m)} {ci('nu_eps', m)}, {ci('nu_r', m)}" for m in names if m != r.probe)
+        return f"<b>{shown(r.models or 'too rare to judge')}</b>{' (undecided)'*bool(r.undecided)}", [r[f"norm_{m}"] for m in names], f"probe {shown(r.probe)}: {held}"
+    P = "A" if "unique-A" in (r.verdict, r.get("point")) else "B"
+    return f"<b>{shown(r.verdict)}</b>: {shown(r.reason)}", [r.norm_A, r.norm_B], f"Delta_norm {r.delta_norm:.3f}, cosine {r.cos:.2f}; probe {shown(names[P == 'B'])}: {ci('nu_eps', P)}, {ci('nu_r', P)}"
+
 def card(r,    # row of the latents table
          e,    # its rows of the examples table
-         names # [A, B]
+         names # models of the dictionary, e.g. [A, B]
         )->Card:
     "The card of one latent."
-    pair = pair_name(names); top = max(e.act.max() if len(e) else 0, 1e-9); wide = max(r.norm_A, r.norm_B, 1e-9)
+    pair, (what, norms, measured) = pair_name(names), facts(r, names); top, wide = max(e.act.max() if len(e) else 0, 1e-9), max(*norms, 1e-9)
     label = r.get("label"); label = label if isinstance(label, str) and label else "no label yet"
-    P = "A" if "unique-A" in (r.verdict, r.get("point")) else "B"
-    ci = lambda n: f"{n} {_num(r[f'{n}_{P}'])} ({_num(r[f'{n}_{P}_lo'])} to {_num(r[f'{n}_{P}_hi'])})"
     out = [f"<p><b>{shown(label)}</b> <span class='ld-s'>latent {int(r.latent)} of {shown(pair)}</span></p>",
-           f"<p><b>{shown(r.verdict)}</b>: {shown(r.reason)}</p>"]
-    out += [f"<p class='ld-s'><span class='ld-b' style='width:{9*n/wide:.2f}em;background:{c}'></span>{shown(m)}: decoder norm {n:.3f}</p>" for m, n, c in zip(names, (r.norm_A, r.norm_B), HUE)]
-    out += [f"<p class='ld-s'>Delta_norm {r.delta_norm:.3f}, cosine {r.cos:.2f}; probe {shown(names[P == 'B'])}: {ci('nu_eps')}, {ci('nu_r')}; active on {int(r['count']):,} tokens ({r.freq:.2%}) in {int(r.n_docs):,} documents</p>"]
+           f"<p>{what}</p>"]
+    out += [f"<p class='ld-s'><span class='ld-b' style='width:{9*n/wide:.2f}em;background:{c}'></span>{shown(m)}: decoder norm {n:.3f}</p>" for m, n, c in zip(names, norms, 9*HUE)]
+    out += [f"<p class='ld-s'>{measured}; active on {int(r['count']):,} tokens ({r.freq:.2%}) in {int(r.n_docs):,} documents</p>"]
     share, n = shares(e)
     if n: out.append(f"<p class='ld-s'><span class='ld-b' style='width:9em;background:{strip(share, '100%')}rgba(128,128,128,.2)'></span>share of the activation: "
                      f"{', '.join(f'{shown(m)} {v:.0%}' for m, v in zip((*names, 'bias'), (*share, 1 - share.sum())))} (of its sum over the {n:,} shaded tokens)</p>")
@@ -346,7 +355,7 @@ def card(r,    # row of the latents table
         if len(k): out.append(f"<p class='ld-s'><b>{title}</b></p>")
         out += [f"<p dir='auto'><span class='ld-x'>{shade(x.tokens, x.acts, top, parts_of(x), names)}</span> <span class='ld-s ld-x'>{shown(x.source)} {x.doc}{f', {x.act:.3g}' if x.act > 0 else ''}</span></p>" for x in k.itertuples()]
     if not len(e): out.append("<p class='ld-s'>no contexts were collected for this latent</p>")
-    return Card(f"<div class='ld-card tex2jax_ignore mathjax_ignore'>{''.join(out)}</div>", f"latent {int(r.latent)} of {pair}: {label} ({r.verdict})")
+    return Card(f"<div class='ld-card tex2jax_ignore mathjax_ignore'>{''.join(out)}</div>", f"latent {int(r.latent)} of {pair}: {label} ({r.models if 'models' in r.index else r.verdict})")
 
 def _num(v): return f"{v:.2f}" if np.isfinite(v) else "undefined"
 

@@ -5,6 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 
 from llmdiff import joint as jt, replication as rp, scaling as sc
 from llmdiff.core import UserError
+from llmdiff.examples import card
 from llmdiff.crosscoder import Crosscoder, calibrate, set_normalisation
 from llmdiff.training import train
 from test_examples import Tok, World
@@ -73,6 +74,13 @@ def test_what_one_model_lacks_is_labelled(tmp_path):
     e = jt.joint_examples(tmp_path, w, w.cc, t, w.docs, Tok(), [["A", "B"]], max_latents=2)
     assert set(e.latent) <= {1, 2, 3, 4} and len(e) and pd.read_parquet(tmp_path/"examples/A-B-C.parquet").equals(e)
     assert len(jt.joint_examples(tmp_path, w, w.cc, t, w.docs, Tok(), [])) == 0
+
+
+def test_a_joint_latent_has_a_card():
+    store, W, own = owned(); h = sc.holders(sc.scan(store, dictionary(W, NAMES), NAMES), W, NAMES); j = int(np.flatnonzero((own == torch.tensor([0., 1., 1.])).all(1).numpy())[0])
+    e = pd.DataFrame([dict(latent=j, kind="top", rank=0, doc=3, source="<x>", pos=0, act=2., tokens=["<i>", "b"], acts=[2., 0.], parts=[[.1, 0], [1., 0], [.8, 0]], text="<i>b")])
+    c = card(h.assign(label="<b>").iloc[j], e, NAMES); page = c._repr_html_()
+    assert "<b>B+C</b>" in page and repr(c) == f"latent {j} of A-B-C: <b> (B+C)" and "<i>" not in page and "A 5%, B 50%, C 40%, bias 5%" in page and all(f"{m}: decoder norm" in page for m in NAMES)
 
 
 def test_agreement_leaves_out_the_undecided_and_the_unmatched():
