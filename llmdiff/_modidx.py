@@ -747,6 +747,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmdiff.tables.main_table': ('tables.html#main_table', 'llmdiff/tables.py'),
                                 'llmdiff.tables.mismatches': ('tables.html#mismatches', 'llmdiff/tables.py'),
                                 'llmdiff.tables.permutation_test': ('tables.html#permutation_test', 'llmdiff/tables.py'),
+                                'llmdiff.tables.picture': ('tables.html#picture', 'llmdiff/tables.py'),
                                 'llmdiff.tables.planted': ('tables.html#planted', 'llmdiff/tables.py'),
                                 'llmdiff.tables.planted_finding': ('tables.html#planted_finding', 'llmdiff/tables.py'),
                                 'llmdiff.tables.power_table': ('tables.html#power_table', 'llmdiff/tables.py'),
