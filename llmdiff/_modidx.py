@@ -86,6 +86,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llmdiff.baselines.load_fit': ('baselines.html#load_fit', 'llmdiff/baselines.py'),
                                    'llmdiff.baselines.measured': ('baselines.html#measured', 'llmdiff/baselines.py'),
                                    'llmdiff.baselines.method_row': ('baselines.html#method_row', 'llmdiff/baselines.py'),
+                                   'llmdiff.baselines.methods_figure': ('baselines.html#methods_figure', 'llmdiff/baselines.py'),
                                    'llmdiff.baselines.new_dictionary': ('baselines.html#new_dictionary', 'llmdiff/baselines.py'),
                                    'llmdiff.baselines.norm_verdicts': ('baselines.html#norm_verdicts', 'llmdiff/baselines.py'),
                                    'llmdiff.baselines.partitioned_step': ('baselines.html#partitioned_step', 'llmdiff/baselines.py'),

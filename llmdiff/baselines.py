@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'L1_LR', 'l1_step', 'Partitioned', 'partitioned_step', 'as_pair', 'difference', 'quality', 'fit_difference',
            'new_dictionary', 'train_as', 'set_threshold', 'fit', 'scan_difference', 'activation_quotients',
            'difference_table', 'judge_difference', 'measured', 'norm_verdicts', 'save_fit', 'load_fit', 'replicates',
-           'method_row', 'best_note']
+           'method_row', 'best_note', 'methods_figure']
 
 # %% ../nbs/81_baselines.ipynb #c002
 import functools
@@ -260,3 +260,16 @@ def best_note(t, seeds, k)->str: # of `method_row`s; the L0 that was asked for
     s += "Unique latents by the verdict, and by norm alone: " + "; ".join(f"{r.method} {r.n:.0f}, {r.m:.0f}" for r in u.itertuples()) + "."
     if seeds > 1: s += " Replicated in all seeds: " + "; ".join(f"{r.method} {r.replicated_A + r.replicated_B:.0f} of {r.unique_A + r.unique_B:.0f}" for r in t.itertuples()) + "."
     return s
+
+# %% ../nbs/81_baselines.ipynb #c034
+def methods_figure(t,      # of `method_row`s
+                   title): # -> Figure
+    "Unique latents of both sides by the norm alone, by the verdict, and those that replicate, on a scale on which one latent can be seen."
+    from matplotlib import pyplot as plt
+    u = pd.DataFrame({n: t[f"{c}_A"].astype(float) + t[f"{c}_B"].astype(float) for n, c in (("norm", "norm"), ("verdict", "unique"), ("replicated", "replicated"))}).set_axis(t.method)
+    fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained"); u.plot.bar(ax=ax, color=["0.7", "C3", "C0"], rot=0, width=.75)
+    for bars in ax.containers: ax.bar_label(bars, [f"{n:,.0f}" if n == n else "–" for n in u[bars.get_label()]], fontsize=8, padding=1)
+    ax.set(ylabel="latents called unique", xlabel="", yscale="symlog", ylim=(0, 4*max(1, np.nanmax(u.to_numpy(float), initial=0)))); ax.set_title(title, fontsize="small")
+    ax.set_xticks(ax.get_xticks(), t.method.str.replace("-", "-\n")); ax.get_legend().remove(); fig.legend(loc="outside lower center", frameon=False, fontsize="small", ncols=3)
+    plt.close(fig)
+    return fig
