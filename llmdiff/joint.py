@@ -109,7 +109,7 @@ def joint_rows(store, pair, ccs, tables, # Store; [A, B]; its crosscoders and ju
 def joint_finding(t, # table of `joint_rows`
                   compare)->str:
     "Whether the joint dictionary and the pairs agree, in words."
-    num = lambda r: f"kappa {r.kappa:.2f} ({r.kappa_lo:.2f} to {r.kappa_hi:.2f})" if r.kappa == r.kappa else "kappa undefined"
+    num = lambda r: f"kappa {r.kappa:.2f} ({max(r.kappa_lo, -1):.2f} to {min(r.kappa_hi, 1):.2f})" if r.kappa == r.kappa else "kappa undefined"
     each, said = lambda d: ", ".join(f"{r.both} of {r.unique_pair}" for r in d.itertuples()) or "–", []
     for p, d in t.groupby("pair", sort=False):
         r = d.iloc[0]; again, own = d[d.against.eq(r.against) & (d.seed != r.seed)], d[d.against.str.startswith("seed")]
