@@ -4,17 +4,37 @@ import ast, json, re, shutil, subprocess, sys, tomllib
 import pytest
 
 from conftest import ROOT, llmdiff
-from llmdiff import run as R
-from llmdiff.core import load_preset, preset_names
+from llmdiff.core import load_preset, preset_names, sha256
+from llmdiff.driver import settings, site, steps
 
-NBS = sorted((ROOT/"nbs").glob("*.ipynb"))
-NUMBERED = [f for f in NBS if f.name[0].isdigit()]
-each = pytest.mark.parametrize("nb", NBS, ids=lambda f: f.stem)
-numbered = pytest.mark.parametrize("nb", NUMBERED, ids=lambda f: f.stem)
+NBS = settings.notebooks(ROOT)
+CHAPTERS = [f for f in NBS if f.stem != "index"]
+name_of = lambda f: f.relative_to(ROOT/"nbs").with_suffix("").as_posix()
+each = pytest.mark.parametrize("nb", NBS, ids=name_of)
+chapter = pytest.mark.parametrize("nb", CHAPTERS, ids=name_of)
 MACHINE = re.compile(r"(?<![\w.:/])/(?:root|home|tmp|work|Users|private|opt|mnt|var)/|site-packages|file:///")
 
 
 def cells(nb): return json.loads(nb.read_text(encoding="utf-8"))["cells"]
+
+
+def tags(c): return set(c["metadata"].get("tags", []))
+
+
+def exports(c): return re.search(r"(?m)^#\|\s*(export|exporti|default_exp)\b", "".join(c["source"]))
+
+
+def parts(nb):
+    "The code cells before `## Run`, and those after it."
+    before, after, now = [], [], None
+    now = before
+    for c in cells(nb):
+        if c["cell_type"] == "markdown" and re.search(r"(?m)^## Run\b", "".join(c["source"])): now = after
+        elif c["cell_type"] == "code": now.append(c)
+    return before, after
+
+
+def chain(): return [s.name for s in steps.steps(ROOT) if not s.closer]
 
 
 def outputs(nb):
@@ -37,31 +57,74 @@ def shipped():
 # ---- notebooks
 
 def test_the_chain_is_complete():
-    assert [f.name[:2] for f in R.pick(R.steps(ROOT))] == [f"{i:02d}" for i in range(1, 11)]
+    named = ["caching", "training", "scaling", "annotation", "tables"]
+    assert [n for n in chain() if n in named] == named
+    assert [f.stem for f in CHAPTERS if f.parent.name == "nbs"] == sorted(f.stem for f in CHAPTERS if f.parent.name == "nbs")
 
 
-@numbered
+def test_what_runs_is_a_step_and_nothing_else_is():
+    "A chapter with a `## Run`, or a closer look."
+    found = {s.nb for s in steps.steps(ROOT)}
+    can = [f for f in CHAPTERS if f.parent.name in ("nbs", "closer")]
+    assert {f for f in can if parts(f)[1]} == found
+    assert [f for f in CHAPTERS if f not in found and any("step" in tags(c) for c in cells(f))] == []
+
+
+def test_what_steps_need_and_read_is_there():
+    steps.check_reads(steps.steps(ROOT), ROOT)
+
+
+def test_a_step_says_that_it_needs_what_it_asks_for():
+    "`need(file, step)` names the step that makes a file: it is among the step's needs, or theirs."
+    by_name = {s.name: s for s in steps.steps(ROOT)}
+    def all_needs(s): return {n for name in s.needs for n in {name, *all_needs(by_name[name])}}
+    wrong = []
+    for s in by_name.values():
+        known = all_needs(s)
+        for node in ast.walk(ast.parse("\n".join(steps.run_cells(s.nb)))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "need" and len(node.args) == 2 and isinstance(node.args[1], ast.Constant):
+                if node.args[1].value not in known: wrong.append(f"{s.name} asks for what {node.args[1].value} makes")
+    assert wrong == []
+
+
+@chapter
 def test_parameters_cell(nb):
     "nbdev-clean can take tags away without a word; papermill would then run with the defaults."
-    assert R.declared(nb)["run"] == "runs/tiny"
-    cell = next(c for c in cells(nb) if "parameters" in c["metadata"].get("tags", []))
-    source = "".join(cell["source"])
+    import papermill
+    assert settings.declared(nb)["run"] == "runs/tiny"
+    assert list(papermill.inspect_notebook(str(nb))) == list(settings.declared(nb))
+    [source] = ["".join(c["source"]) for c in cells(nb) if "parameters" in tags(c)]
     assert not source.startswith("#|") and all(isinstance(s, (ast.Assign, ast.AnnAssign)) for s in ast.parse(source).body)
 
 
-@numbered
+@chapter
+def test_cells_say_what_they_are_for(nb):
+    "What a run executes is what counts in a step's key: before `## Run` a cell exports, declares, or is for readers."
+    before, after = parts(nb)
+    for c in before:
+        assert exports(c) or tags(c) & {"parameters", "step", "test", "demo"}, "".join(c["source"])[:200]
+    for c in after:
+        source = "".join(c["source"])
+        assert not exports(c), source[:200]
+        asserts = [isinstance(s, ast.Assert) or bool(re.match(r"test_(eq|ne|fail|close|is|sig)\(", ast.unparse(s))) for s in ast.parse(source).body]
+        assert not (asserts and all(asserts)) or "test" in tags(c), source[:200]
+    for c in before + after:
+        assert len(tags(c)) <= 1 and not (tags(c) & {"test", "demo"} and exports(c)), "".join(c["source"])[:200]
+
+
+@chapter
 def test_defaults_are_the_tiny_preset(nb):
     tiny = load_preset("tiny")
-    for k, v in R.declared(nb).items():
-        if k in tiny and k != "run": assert v == R.fit(k, tiny[k], v), f"{nb.name}: {k} = {v!r}, and the preset tiny has {tiny[k]!r}"
+    for k, v in settings.declared(nb).items():
+        if k in tiny and k != "run": assert v == settings.as_kind(k, tiny[k], v), f"{nb.name}: {k} = {v!r}, and the preset tiny has {tiny[k]!r}"
 
 
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_preset_key_is_declared_somewhere(preset):
-    R.parameters(load_preset(preset), R.steps(ROOT))
+    settings.parameters(load_preset(preset), [s.nb for s in steps.steps(ROOT)])
 
 
-@numbered
+@chapter
 def test_title_and_subtitle(nb):
     first = next("".join(c["source"]) for c in cells(nb) if c["cell_type"] == "markdown")
     assert re.match(r"# .+\n\n?> .+", first)
@@ -101,35 +164,42 @@ def copy(tmp_path_factory):
     return d
 
 
+def modules(lib): return {f.relative_to(lib).as_posix(): f.read_text(encoding="utf-8") for f in sorted(lib.rglob("*.py"))}
+
+
 def test_package_is_what_the_notebooks_export(copy):
-    files = sorted(f.name for f in (ROOT/"llmdiff").glob("*.py"))
-    assert files == sorted(f.name for f in (copy/"llmdiff").glob("*.py"))
-    assert [f for f in files if (copy/"llmdiff"/f).read_text() != (ROOT/"llmdiff"/f).read_text()] == []
+    here, again = modules(ROOT/"llmdiff"), modules(copy/"llmdiff")
+    assert list(here) == list(again)
+    assert [f for f in here if here[f] != again[f]] == []
 
 
-def test_every_notebook_exports_a_module():
-    names = {f.stem for f in (ROOT/"llmdiff").glob("*.py") if f.stem[0] != "_"}
-    assert {R.page_name(f) for f in NUMBERED} == names
+def test_a_module_lies_where_its_notebook_lies():
+    "nbs/05_caching.ipynb is llmdiff.caching, nbs/engine/store.ipynb is llmdiff.engine.store; there are no other modules."
+    files = {"llmdiff/" + f for f in modules(ROOT/"llmdiff") if f.rpartition("/")[2][0] != "_"}
+    at = {f: "/".join(["llmdiff", *f.relative_to(ROOT/"nbs").parts[:-1], settings.step_name(f)]) for f in CHAPTERS}
+    assert {f"{p}.py" for p in at.values()} == files
+    assert {f: settings.module_of(f) for f in CHAPTERS} == {f: p.replace("/", ".") for f, p in at.items()}
 
 
 @each
 def test_notebook_is_clean(nb, copy):
-    assert json.loads((copy/"nbs"/nb.name).read_text()) == json.loads(nb.read_text())
+    assert json.loads((copy/nb.relative_to(ROOT)).read_text()) == json.loads(nb.read_text())
 
 
 def test_readme_is_index():
-    assert R.readme(write=False) == (ROOT/"README.md").read_text(), "run `llmdiff readme`"
+    assert site.readme(write=False) == (ROOT/"README.md").read_text(), "run `llmdiff readme`"
 
 
 def test_site_is_built_without_a_word(tmp_path):
     r = llmdiff("site", "--out", str(tmp_path/"docs"))
     assert (r.returncode, r.stderr) == (0, "")
     pages = {f.stem: f.read_text() for f in (tmp_path/"docs").glob("*.html")}
-    assert set(pages) == {R.page_name(f) for f in NBS}
+    assert set(pages) == set(site.page_names(NBS).values())
     for name, text in pages.items():
         assert not re.search(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["'](?:https?:)?//""", text), f"{name} loads something from elsewhere"
         assert "#|" not in re.sub(r"<pre.*?</pre>", "", text, flags=re.S), name
         for used in re.findall(r"""(?:src|href)=["'](?!data:|#|https?:|mailto:)([^"'#?]+)""", text): assert (tmp_path/"docs"/used).exists(), f"{name}: {used}"
+    assert "Closer looks" in pages["index"] and "Engine room" in pages["index"]
     assert "katex/katex.min.css" in pages["scaling"] and 'id="load_preset"' in pages["core"]
 
 
@@ -157,15 +227,16 @@ def test_published_set_is_whole():
     file = ROOT/"figures"/"manifest.json"
     if not file.exists(): pytest.skip("nothing is published yet")
     m = json.loads(file.read_text())
-    assert {f.name for f in (ROOT/"figures").iterdir()} == {*m["files"], "manifest.json"}
-    for f, h in m["files"].items(): assert R.sha256(ROOT/"figures"/f) == h, f
+    files = {f.relative_to(ROOT/"figures").as_posix() for f in (ROOT/"figures").rglob("*") if f.is_file()}
+    assert files == {*m["files"], "manifest.json"}
+    for f, h in m["files"].items(): assert sha256(ROOT/"figures"/f) == h, f
 
 
 # ---- the preset tiny, in full
 
 def test_tiny_leaves_tables_and_figures(tiny):
     assert (tiny/"tables"/"main.csv").exists() and list((tiny/"figures").glob("*.png"))
-    assert {f.stem for f in tiny.glob("*.ipynb")} == {f.stem for f in R.pick(R.steps(ROOT))}
+    assert sorted(settings.step_name(f) for f in tiny.glob("*.ipynb")) == sorted(chain())
     assert not list(tiny.rglob(".*.tmp*"))
     for nb in sorted(tiny.glob("*.ipynb")):
         for c, o, text in outputs(nb):
@@ -183,18 +254,18 @@ def test_tiny_twice_gives_the_same_bytes(tiny, tmp_path):
 
 def test_tiny_is_up_to_date(tiny):
     r = llmdiff("run", "--preset", "tiny", "--runs", str(tiny.parent))
-    assert r.returncode == 0 and r.stdout.count("up to date") == len(R.pick(R.steps(ROOT))), r.stdout
+    assert r.returncode == 0 and r.stdout.count("up to date") == len(chain()), r.stdout
 
 
 def test_a_step_alone_names_what_it_needs(tmp_path):
-    r = llmdiff("run", "--preset", "tiny", "--only", "10", "--runs", str(tmp_path))
-    assert r.returncode == 1 and "run notebook" in r.stderr and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr, r.stderr
+    r = llmdiff("run", "--preset", "tiny", "--only", "tables", "--runs", str(tmp_path))
+    assert r.returncode == 1 and "run step" in r.stderr and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr, r.stderr
 
 
 def test_one_pair_is_enough(tiny, tmp_path):
     "Two models of one's own make one pair: the comparisons of the embedded family are left out, and the tables are of that pair."
     shutil.copytree(tiny, tmp_path/"tiny")
-    r = llmdiff("run", "--preset", "tiny", "--only", "10", "--runs", str(tmp_path), "-p", 'pairs=[["it", "SimPO"]]')
+    r = llmdiff("run", "--preset", "tiny", "--only", "tables", "--runs", str(tmp_path), "-p", 'pairs=[["it", "SimPO"]]')
     assert r.returncode == 0, r.stderr
     tables = tmp_path/"tiny"/"tables"
     assert (tables/"direct_class_it_SimPO.csv").exists() and not (tables/"planted.csv").exists()
