@@ -9,6 +9,9 @@ from pathlib import Path
 # tables that go on purpose -> why
 GONE = {"crosscoder_planted": "the toy world of planted concepts is shown by the chapter and is no part of a run"}
 
+# words of the tables that changed on purpose, old -> new: the verdict by the estimates alone says so
+RENAMED = {b",point,": b",verdict_point,"}
+
 
 def tables(run):
     "Name -> file of every table of a run, folders under `tables/` too."
@@ -16,9 +19,17 @@ def tables(run):
     return {f.relative_to(folder).with_suffix("").as_posix(): f for f in sorted(folder.rglob("*.csv"))}
 
 
-def first_difference(old, new):
+def content(file, renamed=()):
+    "The bytes of a table, words that changed on purpose replaced."
+    out = file.read_bytes()
+    for before in renamed:
+        out = out.replace(before, RENAMED[before])
+    return out
+
+
+def first_difference(old, new): # bytes
     "The first line in which two files differ, as three lines to print."
-    pairs = zip_longest(old.read_bytes().split(b"\n"), new.read_bytes().split(b"\n"))
+    pairs = zip_longest(old.split(b"\n"), new.split(b"\n"))
     number, a, b = next((i, a, b) for i, (a, b) in enumerate(pairs, 1) if a != b)
     show = lambda line: "(no such line)" if line is None else line.decode(errors="backslashreplace")[:200]
     return f"line {number}\n    old {show(a)}\n    new {show(b)}"
@@ -28,11 +39,12 @@ def compare(old_run, new_run):
     "What is not the same: one text a table, and the reasons for tables that went on purpose."
     old, new = tables(old_run), tables(new_run)
     missing = [name for name in old if name not in new]
-    differ = [name for name in old if name in new and old[name].read_bytes() != new[name].read_bytes()]
+    both = {name: (content(old[name], RENAMED), content(new[name], RENAMED)) for name in old if name in new}
+    differ = [name for name, (a, b) in both.items() if a != b]
 
     wrong = [f"missing: {name}" for name in missing if name not in GONE]
     wrong += [f"new: {name}" for name in new if name not in old]
-    wrong += [f"differs: {name}, {first_difference(old[name], new[name])}" for name in differ]
+    wrong += [f"differs: {name}, {first_difference(*both[name])}" for name in differ]
     notes = [f"gone on purpose: {name} ({GONE[name]})" for name in missing if name in GONE]
     return wrong, notes
 
