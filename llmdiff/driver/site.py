@@ -97,7 +97,7 @@ def page(file,   # notebook path
 
 # %% ../../nbs/driver/site.ipynb #c013
 SECTIONS = {   # folder of notebooks -> heading in the side bar
-    "nbs": "The chain", "closer": "Closer looks", "worlds": "Worlds",
+    "guide": "Guide", "nbs": "The chain", "closer": "Closer looks", "worlds": "Worlds",
     "engine": "Engine room", "scale": "Scale", "driver": "Driver",
 }
 
