@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNASSIGNED', 'WEIGHTS', 'share_ci', 'share_row', 'compare_counts', 'counts', 'class_table', 'category_table',
            'permutation_test', 'weighted_table', 'rejects', 'exact_power', 'detectable', 'latents_needed',
-           'power_table', 'weighing', 'table_finding', 'table_view', 'gt_table', 'show_table', 'bars', 'unique_set',
-           'main_table']
+           'power_table', 'weighing', 'table_finding', 'table_view', 'gt_table', 'show_table', 'worth_drawing', 'bars',
+           'unique_set', 'main_table']
 
 # %% ../nbs/16_tables.ipynb #c002
 import matplotlib.pyplot as plt
@@ -248,6 +248,11 @@ def _panel(ax, t, rows, a, b): # one table's rows
     ax.hlines(y, d.diff_low, d.diff_high, color="0.35", lw=1); ax.axvline(0, color="0.2", lw=.8)
     for i, r in zip(y, d.itertuples()):
         ax.annotate(f"{r.share_A:.0f} → {r.share_B:.0f} %" if "weight" in t else f"{r.count_A} → {r.count_B}", (1.01, i), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+
+def worth_drawing(t)->bool: # from `class_table` or `category_table`
+    "Whether at least two rows hold a latent: a picture of fewer says nothing."
+    named = t.iloc[:-1]   # the last row is the unassigned
+    return int((named.count_A + named.count_B > 0).sum()) > 1
 
 def bars(t,        # from `class_table`, `category_table` or `weighted_table`; or a dict of them: title -> table
          a, b,     # names of the models
