@@ -21,7 +21,7 @@ from ..crosscoder import read_config
 from ..training import train_pair
 from ..codes import encode_tile, open_pair, tiles
 from ..scaling import accumulate, scaling_table
-from ..verdicts import judge
+from ..verdicts import Cuts, judge
 from ..tables import class_table, permutation_test, share_ci, table_finding, unique_set
 
 # %% ../../nbs/closer/seeds.ipynb #c008
@@ -173,12 +173,12 @@ def first_verdicts(run, pair, **cuts): # -> judged table
     "The first seed's table, from `verdicts`, whose cuts must be those asked for."
     t = latents(pair_name(pair), run)
     check({"verdict", "verdict_point"} <= set(t.columns), f"the latents of {pair_name(pair)} have no verdict: run step verdicts first")
-    check((judge(t, pair, **cuts).verdict == t.verdict).all(), f"the verdicts of {pair_name(pair)} were made with other cuts than those asked for here: run step verdicts again")
+    check((judge(t, pair, Cuts(**cuts)).verdict == t.verdict).all(), f"the verdicts of {pair_name(pair)} were made with other cuts than those asked for here: run step verdicts again")
     return t
 
 def other_tables(store, ccs, n_blocks=40, n_boot=500, seed=0, held=.1, **cuts): # -> list of judged tables
     "Latent Scaling and verdicts for the crosscoders of other seeds."
-    return [judge(scaling_table(accumulate(store, cc, cc.names, n_blocks, seed, held=held), cc.W_dec.detach(), n_boot, seed), cc.names, **cuts) for cc in ccs]
+    return [judge(scaling_table(accumulate(store, cc, cc.names, n_blocks, seed, held=held), cc.W_dec.detach(), n_boot, seed), cc.names, Cuts(**cuts)) for cc in ccs]
 
 def replicate_pair(store, ccs, # Store, crosscoders of the pair: the first, the other seeds
                    t,          # judged table of the first

@@ -476,7 +476,7 @@ def scaling_rows(s, cc, step, x, n_some=8, repeats=3): # sizes; from `trained`; 
             "epoch": lambda i: [step(b) for b in x.split(s["batch"])]}
     # the closed form's time for `n_some` latents, scaled up to all of them; the crosscoder goes on learning in "epoch", so the answers are compared before the race
     for w in ("scan", "closed"): ways[w](0)
-    b = betas(found["ours"]["by_block"].sum(0), gram(W)); off = max(np.abs(b[f"beta_eps_{M}_pB"][some.cpu()] - t).max() for M, t in zip("AB", found["theirs"]))
+    b = betas(found["ours"].by_block.sum(0), gram(W)); off = max(np.abs(b[f"beta_eps_{M}_pB"][some.cpu()] - t).max() for M, t in zip("AB", found["theirs"]))
     times = race(ways, repeats); times["closed"] = [t*cc.n_latents/n_some for t in times["closed"]]; z = s | dict(n_tokens=n)
     rows = [rate_row(f"Latent Scaling of all latents, all targets / closed form of the error targets (extrapolated from {n_some} latents)", z, times, "scan", "closed", n, ">= 200"),
             bench_row("Latent Scaling of all latents / one epoch of training", z, *(np.median(times[w]) for w in ("scan", "epoch")), "s, less is better", "<= 1", best=min(times["scan"])/min(times["epoch"]))]
