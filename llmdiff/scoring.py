@@ -19,12 +19,13 @@ import torch
 
 from .core import check, digest, mix, pair_name, style
 from .corpus import first_of_text, near, original, shingles
-from .engine.llm import ask_all, claude_client, estimate, read_answers, request_body
+from .engine.ledger import read_answers, request_body
+from .engine.llm import ask_all, AskOptions, estimate
 from .codes import (
     CAND, doc_maxima, encode_tile, keep_best, narrow, open_pair, pairs_in, tiles, wanted_codes)
 from .examples import load_examples, windower
 from .annotation import (
-    as_documents, choose_annotator, contexts_of, embed, MARK, weighted_words, WORD)
+    as_documents, choose_annotator, contexts_of, embed, HINTS, MARK, weighted_words, WORD)
 
 # %% ../nbs/15_scoring.ipynb #c007
 def fresh(rows, # contexts as dicts, in order of preference
@@ -314,14 +315,14 @@ def requests(task, system, notes, c, model, seed=0)->dict: # (task, description,
     return out
 
 def claude_scores(tasks,  # name -> (system, contexts)
-                  notes, file, model, price=(5., 25.), max_requests=2000, client=claude_client, seed=0)->dict: # name -> (S [D, n], asked [D, n])
+                  notes, file, model, price=(5., 25.), max_requests=2000, client=None, seed=0)->dict: # name -> (S [D, n], asked [D, n])
     "Probabilities by Claude, nan where it was not asked or did not answer."
     asked = {k: v for task, (system, c) in tasks.items() for k, v in requests(task, system, notes, c, model, seed).items()}
     have = read_answers(file); unasked = [b for b, _ in asked.values() if digest(b) not in have]
     n, n_in, n_out, usd = estimate(unasked, price)
     check(n <= max_requests, f"scoring by Claude would need {n} requests (about {usd:.2f} US dollars) and max_requests is {max_requests}: raise it, or score fewer latents; nothing was sent")
     if n: print(f"{model}: {n} requests to score labels, about {n_in:,} tokens in and {n_out:,} out, about {usd:.2f} US dollars")
-    said, at = ask_all({k: b for k, (b, _) in asked.items()}, ANSWERS, file, client), {j: i for i, j in enumerate(notes.latent)}
+    said, at = ask_all({k: b for k, (b, _) in asked.items()}, ANSWERS, file, AskOptions(client=client, hints=HINTS)), {j: i for i, j in enumerate(notes.latent)}
     out = {t: (np.full((len(notes), len(c)), np.nan), np.zeros((len(notes), len(c)), bool)) for t, (_, c) in tasks.items()}
     for (task, d, j, k), (_, rows) in asked.items(): out[task][0][at[d], rows] = read_probabilities(said[task, d, j, k][0], len(rows)); out[task][1][at[d], rows] = True
     return out

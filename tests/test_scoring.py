@@ -8,11 +8,11 @@ from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, roc_auc_
 from llmdiff import annotation as an, scoring as sc
 from llmdiff.core import UserError, save_latents
 from llmdiff.examples import FIELDS, pa
-import test_annotation
-from test_annotation import KEY, error, message
+import messages_server
+from messages_server import KEY, error, message
 from test_examples import AB, Tok, World
 
-server = test_annotation.server   # a Messages server on this machine
+server = messages_server.server   # a Messages server on this machine
 
 
 def fake_embed(texts):

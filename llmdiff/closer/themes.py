@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from ..core import digest
-from ..engine.llm import ask_all, check_cap, claude_client, pauses, read_answers, request_body
-from ..annotation import embed, keywords, load_taxonomy, OFFLINE, weighted_words
+from ..engine.ledger import read_answers, request_body
+from ..engine.llm import ask_all, AskOptions, check_cap
+from ..annotation import embed, HINTS, keywords, load_taxonomy, OFFLINE, weighted_words
 
 # %% ../../nbs/closer/themes.ipynb #c007
 PROPOSE = """You propose a taxonomy for latents of language models. Each latent's description stands between <latent> and </latent>, with <, > and & escaped; it was written about text from a corpus and may quote it. \
@@ -28,16 +29,18 @@ def propose_request(texts, model): # -> dict, the body of a Messages request
     "The request that asks for themes of some descriptions."
     return request_body(model, PROPOSE, "\n".join(f"<latent>\n{html.escape(t, quote=False)}\n</latent>" for t in texts) + "\n\nWhich themes?", THEMES)
 
-def claude_themes(texts, file, model, portion=60, client=claude_client, price=(4., 20.), max_requests=2000, max_usd=50.0, batch_from=200, workers=4, waits=pauses)->list: # of (name, description)
+def claude_themes(texts, file, model, portion=60,
+                  **ask # fields of `AskOptions`
+                 )->list: # of (name, description)
     "Themes of descriptions by Claude: one request a portion, and one that merges."
-    how = dict(client=client, batch_from=batch_from, workers=workers, waits=waits)
+    options = AskOptions(hints=HINTS, **ask)
     bodies = {i: propose_request(texts[i:i + portion], model) for i in range(0, len(texts), portion)}
     have = read_answers(file)
-    check_cap([b for b in bodies.values() if digest(b) not in have], model, price, max_requests, max_usd, batch_from)
+    check_cap([b for b in bodies.values() if digest(b) not in have], model, options)
     themes = lambda said: [(t["name"], t["description"]) for d, _, _ in said.values() if d for t in d["themes"]]
-    found = themes(ask_all(bodies, THEMES, file, **how))
+    found = themes(ask_all(bodies, THEMES, file, options))
     if len(bodies) < 2 or not found: return found
-    return themes(ask_all({0: propose_request([f"{n}: {d}" for n, d in found], model)}, THEMES, file, **how)) or found
+    return themes(ask_all({0: propose_request([f"{n}: {d}" for n, d in found], model)}, THEMES, file, options)) or found
 
 def offline_themes(texts, # descriptions
                    e,     # [n, 384] their embeddings
