@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ..core import atomic, check, pair_name, run_dir
 from ..scaling import accumulate, basics, fits, gram, intervals, ratio
-from ..examples import FIELDS, top_contexts
+from ..examples import ContextOptions, FIELDS, top_contexts
 from ..tables import share_ci
 from .seeds import candidates, find_matches
 
@@ -158,7 +158,7 @@ def joint_examples(run, store, cc, h, docs, tok, # as for `examples.top_contexts
                    comparisons, max_latents=40, seed=0)->pd.DataFrame:
     "Contexts of what one model of a comparison has and the other lacks; written under the name of all models, if they are more than two."
     chosen = np.unique(np.concatenate([lacked(h, *c)[:max_latents] for x, y in comparisons for c in ((x, y), (y, x))] or [np.zeros(0, int)]))
-    e = top_contexts(store, cc, cc.names, docs, tok, chosen, seed=seed)
+    e = top_contexts(store, cc, cc.names, docs, tok, chosen, ContextOptions(seed=seed))
     if len(cc.names) > 2:                    # a pair has its own, of examples
         with atomic(run_dir(run)/"examples"/f"{pair_name(cc.names)}.parquet") as f: pq.write_table(pa.Table.from_pandas(e, FIELDS, preserve_index=False), f)
     return e
