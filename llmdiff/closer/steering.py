@@ -87,10 +87,10 @@ def steer_pair(pair,
     "What each push does to B and to A, and how much of the KL from B to A it recovers in A."
     info = info.set_index(info.index.astype(str))
     out = []
-    for who, model, streams in zip(pair, models, h) if len(push) else ():
-        t = info.join(mean_kl(steer_kl(model, layer, chats, streams, push), seed=seed))
+    for who, model, h_own in zip(pair, models, h) if len(push) else ():
+        t = info.join(mean_kl(steer_kl(model, layer, chats, h_own, push), seed=seed))
         if model is models[0]:
-            towards_B = steer_kl(model, layer, chats, streams, push, models[1])
+            towards_B = steer_kl(model, layer, chats, h_own, push, models[1])
             towards_B = recovered(towards_B, seed=seed)
             t = t.join(towards_B.set_index("patch")[["recovered", "lo", "hi"]])
         out.append(t.assign(steered=who))
