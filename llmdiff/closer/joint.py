@@ -23,7 +23,7 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from ..core import atomic, check, pair_name, run_dir
 from ..scaling import accumulate, basics, fits, gram, intervals, ratio
 from ..verdicts import Cuts, is_low, Low
-from ..examples import FIELDS, top_contexts
+from ..examples import ContextOptions, FIELDS, top_contexts
 from ..tables import class_table, permutation_test, share_ci, table_finding
 from .seeds import candidates, find_matches
 
@@ -319,7 +319,7 @@ def lacked_in(h, comparisons, max_latents=40)->np.ndarray: # table of `holders`;
 def joint_examples(run, store, cc, chosen, docs, tok, # latents; the rest as for `top_contexts`
                    seed=0)->pd.DataFrame:
     "Contexts of some latents; written under the name of all models, if they are more than two."
-    e = top_contexts(store, cc, cc.names, docs, tok, chosen, seed=seed)
+    e = top_contexts(store, cc, cc.names, docs, tok, chosen, ContextOptions(seed=seed))
     if len(cc.names) > 2:                    # a pair has its own, of `examples`
         with atomic(run_dir(run)/"examples"/f"{pair_name(cc.names)}.parquet") as f:
             pq.write_table(pa.Table.from_pandas(e, FIELDS, preserve_index=False), f)

@@ -226,7 +226,7 @@ def largest_difference(scan,   # of `accumulate`
                        some    # [L] latents
                       )->float:
     "How far the coefficients of one pass are from those of the closed form, at most."
-    ours = betas(scan["by_block"].sum(0), gram(cc.W_dec.detach()))
+    ours = betas(scan.by_block.sum(0), gram(cc.W_dec.detach()))
     return max(np.abs(ours[f"beta_eps_{model}_pB"][some.cpu()] - theirs).max()
                for model, theirs in zip("AB", fitted))
 
