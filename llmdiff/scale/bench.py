@@ -42,7 +42,7 @@ from ..crosscoder import (
 from ..training import train_step
 from ..codes import CAND, doc_maxima, keep_best
 from ..scaling import accumulate, betas, gram
-from ..worlds.synthetic import Planted
+from ..worlds.synthetic import easy_world
 from .measure import (
     bench_row, bench_view, race, rate_row, size_words, sync, table, verdict)
 from ..closer.truth import measure_truth, truth_view
@@ -54,7 +54,7 @@ def sized(d_model, n_latents, k, batch, n_models=2): # -> dict
 
 def world(s, seed=0): # sizes -> function: seed -> [batch, n_models, d_model] float32, normalised
     "A stream of batches."
-    planted, models = Planted(s["d_model"], min(1024, max(64, 2*s["d_model"])), seed=seed), [i % 2 for i in range(s["n_models"])]
+    planted, models = easy_world(s["d_model"], min(1024, max(64, 2*s["d_model"])), seed), [i % 2 for i in range(s["n_models"])]
     draw = lambda i: planted(s["batch"], seed=i)[:, models]
     x = draw(10**6); mean, scale = x.mean(0), (s["d_model"]/x.var(0).sum(1)).sqrt()[:, None]
     return lambda i: ((draw(i) - mean)*scale).to(device())
