@@ -35,7 +35,7 @@ from ..crosscoder import (
     aux_grads, Codes, Crosscoder, folded_encoder, MARGIN, rescore, scan_dtype, scan_scores,
     set_normalisation, SLACK, sparse_grads)
 from ..training import dead_latents, load_checkpoint, save_checkpoint, train, train_pair
-from ..worlds.synthetic import Planted
+from ..worlds.synthetic import easy_world
 
 # %% ../../nbs/scale/parallel.ipynb #c007
 def meet(latents=0,    # R, ranks that share one dictionary; 0: all
@@ -313,7 +313,7 @@ def main(argv=None): # the words of the command line
 def self_check(mesh, n_steps=80, seed=0): # -> dict on rank 0, printed as JSON; None elsewhere
     "Largest relative differences of loss and weights between a toy training over ranks and the same one in one process."
     p, P, r, R = place(mesh)
-    world, dev = Planted(d_model=32, n_concepts=64, exclusive=8, active=4, seed=seed), mesh.device_type
+    world, dev = easy_world(32, 64, seed), mesh.device_type
     stat, D = world(10_000, seed=10**6).double(), R*math.ceil(192/R)
     new = lambda: set_normalisation(Crosscoder(32, D, 4, ["A", "B"], seed=seed), stat.mean(0), stat.var(0, unbiased=False).sum(1)).to(dev)
     stream = lambda start: (world(P*math.ceil(256/P), seed=i) for i in range(start, n_steps))

@@ -17,7 +17,7 @@ import torch
 from ..models import device
 from ..crosscoder import Crosscoder, dense_loss
 from ..training import train_step
-from ..worlds.synthetic import Planted
+from ..worlds.synthetic import easy_world
 
 # %% ../../nbs/scale/trainers.ipynb #c006
 def sized(d_model,   # width of the residual stream
@@ -35,7 +35,7 @@ def planted_stream(sizes, # see `sized`
     "A stream of batches, made when asked for."
     d_model = sizes["d_model"]
     n_concepts = min(1024, max(64, 2*d_model))
-    planted = Planted(d_model, n_concepts, seed=seed)
+    planted = easy_world(d_model, n_concepts, seed)
     models = [i % 2 for i in range(sizes["n_models"])]
 
     def draw(i):
