@@ -16,7 +16,7 @@ from ..core import atomic, check, pair_name, run_dir
 from ..scaling import accumulate, basics, fits, gram, intervals, ratio
 from ..examples import FIELDS, top_contexts
 from ..tables import share_ci
-from .seeds import candidates, find_matches
+from .seeds import candidates, find_matches, Matching
 
 # %% ../../nbs/closer/joint.ipynb #c008
 def holders(S,     # sums over M models
@@ -125,12 +125,13 @@ def joint_rows(store, pair, ccs, tables, # Store; [A, B]; its crosscoders and ju
     seen = [alone(holders_of(store, cc, seed=seed, **how), compare, other) for cc in ccs]
     to_joint, only = (in_set(h, [compare], [other]), h.undecided.to_numpy(bool)), ((h.models == compare).to_numpy(), h.undecided.to_numpy(bool))
     for i, (cc, t) in enumerate(zip(ccs, tables)):
-        rows = candidates(t, full_up_to, n_shared, seed); u, open = (x[rows] for x in seen[i])
+        rule = Matching(cos_cut, corr_cut, full_up_to, n_shared)
+        rows = candidates(t, rule, seed); u, open = (x[rows] for x in seen[i])
         ask = [(f"joint: {compare}, not {other}", 0, u, open, to_joint), (f"joint: {compare} only", 0, u, open, only)]
         if not i:
             point = (t.verdict_point == "unique-" + "AB"[pair.index(compare)]).to_numpy()[rows]
             ask += [("joint, published rule", 0, point, open & False, to_joint), *((f"seed {seed + n}", n, u, open, seen[n]) for n in range(1, len(ccs)))]
-        found = find_matches(store, cc, [joint_cc, *ccs[1:]][:1 if i else None], rows, np.ones((len(rows), 1), bool), cos_cut, corr_cut, len(t) <= full_up_to, [compare])
+        found = find_matches(store, cc, [joint_cc, *ccs[1:]][:1 if i else None], rows, np.ones((len(rows), 1), bool), rule, [compare])
         out += [{"pair": pair_name(pair), "seed": seed + i, "against": a, **design_agreement(found[n], mine, theirs, left, left_there)} for a, n, mine, left, (theirs, left_there) in ask]
     return out
 
