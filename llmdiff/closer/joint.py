@@ -25,7 +25,7 @@ from ..scaling import accumulate, basics, fits, gram, intervals, ratio
 from ..verdicts import Cuts, is_low, Low
 from ..examples import ContextOptions, FIELDS, top_contexts
 from ..tables import class_table, permutation_test, share_ci, table_finding
-from .seeds import candidates, find_matches
+from .seeds import candidates, find_matches, Matching
 
 # %% ../../nbs/closer/joint.ipynb #c007
 def probe_quotients(sums,  # [..., D, 1 + 2M^2]
@@ -223,21 +223,17 @@ class Look:
     seed: int = 0
     held: float = .1
     cuts: Cuts = Cuts()
-    cos_cut: float = .7
-    corr_cut: float = .5
-    full_up_to: int = 8192
-    n_shared: int = 500
+    rule: Matching = Matching()
 
     def measure(self)->dict: # arguments of `holders_of`
         names = "n_blocks", "n_boot", "seed", "held", "cuts"
         return {name: getattr(self, name) for name in names}
 
 # %% ../../nbs/closer/joint.ipynb #c021
-def matches_by_model(store, cc, others, rows, model, look, one_to_one)->list: # as for `find_matches`
+def matches_by_model(store, cc, others, rows, model, look)->list: # as for `find_matches`
     "Matches by the rows of one model."
     view = np.ones((len(rows), 1), bool)
-    return find_matches(store, cc, others, rows, view, cos_cut=look.cos_cut, corr_cut=look.corr_cut,
-                        one_to_one=one_to_one, names=[model])
+    return find_matches(store, cc, others, rows, view, look.rule, names=[model])
 
 def joint_rows(store, pair, ccs, tables, # Store; [A, B]; its crosscoders and judged tables, the first seed first
                joint_cc, h,              # the joint dictionary and its table of `holders`
@@ -250,10 +246,10 @@ def joint_rows(store, pair, ccs, tables, # Store; [A, B]; its crosscoders and ju
     only = Answer((h.models == compare).to_numpy(), to_joint.undecided)
     out = []
     for i, (cc, t) in enumerate(zip(ccs, tables)):
-        rows = candidates(t, look.full_up_to, look.n_shared, look.seed)
-        first, all_of_them = i == 0, len(t) <= look.full_up_to
+        rows = candidates(t, look.rule, look.seed)
+        first = i == 0
         others = [joint_cc, *ccs[1:]] if first else [joint_cc]
-        found = matches_by_model(store, cc, others, rows, compare, look, all_of_them)
+        found = matches_by_model(store, cc, others, rows, compare, look)
 
         here = seen[i].of(rows)
         ask = [(f"joint: {compare}, not {other}", found[0], here, to_joint),
