@@ -21,7 +21,7 @@ FLOORS = Floors(
     story=["core", "models", "corpus", "answers", "lens", "caching", "crosscoder", "training", "codes", "scaling",
            "verdicts", "usage", "causal", "examples", "annotation", "scoring", "tables", "report"],
     # under the story; a module imports `core` and those before it
-    engine=["engine.packages", "engine.texts", "engine.store", "engine.llm", "engine.show"],
+    engine=["engine.packages", "engine.texts", "engine.store", "engine.progress", "engine.llm", "engine.show"],
     # the store refuses activations of other models, so it asks `models` who they are
     engine_may={"engine.store": ["models"]},
     # over the story; the story and the engine import nothing of these

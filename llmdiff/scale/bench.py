@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from ..core import cache_dir, check, save_table, savefig, tempfile_dir, write_json
 from ..models import device, layers_of, load_model
-from ..engine.store import Store, store_batches, write_tensors
+from ..engine.store import Store, write_tensors
 from ..caching import buckets, pad, read_part, release, tap
 from ..crosscoder import (
     batch_topk, calibrate, Codes, Crosscoder, dense_loss, folded_encoder, scan_dtype,
@@ -359,7 +359,7 @@ def reader_times(store, batch, repeats=5, seed=0): # -> name -> seconds a token
     n = store.n_tokens//batch*batch; few = min(n, 4*batch); names = store.models[:2]
     src, dst = torch.zeros(2, n, 2, store.d_model, dtype=torch.bfloat16).unbind(0)
     loader = lambda: torch.utils.data.DataLoader(PerToken(store), batch, shuffle=True, generator=torch.Generator().manual_seed(seed))
-    ways = {"reader": (n, lambda i: [None for _ in store_batches(store, names, batch, n, seed)]), "copy": (n, lambda i: dst.copy_(src)),
+    ways = {"reader": (n, lambda i: [None for _ in store.batches(names, batch, n, seed)]), "copy": (n, lambda i: dst.copy_(src)),
             "DataLoader": (few, lambda i: [x.float() for x in itertools.islice(loader(), few//batch)])}
     times = race({w: f for w, (_, f) in ways.items()}, repeats)
     return {w: [t/ways[w][0] for t in ts] for w, ts in times.items()}
