@@ -1,7 +1,7 @@
 "The architecture and corpus path of the preset gemma-2-9b, on random-weight Gemma-2 models of tiny width and local files in the schemas of the hub's corpora."
 import pandas as pd, pytest, torch, transformers
 
-from llmdiff.caching import harvest
+from llmdiff.caching import harvest, HarvestOptions
 from llmdiff.core import UserError, latents, load_preset
 from llmdiff.corpus import build_corpus, corpus_manifest, documents, save_corpus
 from llmdiff.models import check_models, load_tokenizer
@@ -39,7 +39,7 @@ def test_the_chain_runs_on_gemma2(family, sources, tmp_path):
     docs = build_corpus(sources, 6000, 64, tok)
     assert set(docs.kind) == {"prose", "chat"} and set(docs.source) == set(p["sources"])
     about = save_corpus(docs, run, tok, sources, 64, 0)
-    store = harvest(family, docs, 2, tmp_path/"store", "float32", corpus=about, say=lambda s: None)
+    store = harvest(family, docs, 2, tmp_path/"store", HarvestOptions("float32"), corpus=about, say=lambda s: None)
     assert store.n_tokens == corpus_manifest(run)["n_kept"] and store.d_model == 32
     cc, log, res = train_pair(store, pair, tmp_path/"crosscoder"/"pt-it", n_latents=64, k=8, batch=256, train_tokens=20_000, lr=1e-3)
     assert min(res["fve"]) > .3 and log.loss.iloc[-1] < log.loss.iloc[0]

@@ -20,7 +20,7 @@ import torch
 
 from ..core import cache_dir, check, tempfile_dir, write_json
 from ..models import device, layers_of, load_model
-from ..engine.store import Store, store_batches, write_tensors
+from ..engine.store import Store, write_tensors
 from ..caching import buckets, pad, read_part, tap
 from ..crosscoder import scan_dtype
 from .measure import bench_table, race, rate_row, size_words, time_row, timed
@@ -220,7 +220,7 @@ def reader_times(store,     # Store
     names = store.models[:2]
     source, target = torch.zeros(2, n, 2, store.d_model, dtype=torch.bfloat16).unbind(0)
     ways = {
-        "reader": lambda i: use_up(store_batches(store, names, batch, n, seed)),
+        "reader": lambda i: use_up(store.batches(names, batch, n, seed)),
         "copy": lambda i: target.copy_(source),
         "DataLoader": lambda i: use_up(loaded(store, batch, few//batch, seed))}
     tokens = {"reader": n, "copy": n, "DataLoader": few}

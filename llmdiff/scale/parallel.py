@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from ..core import check, digest, load_preset, pair_name, root, UserError
 from ..corpus import corpus_manifest, load_corpus
 from ..engine.store import Store
-from ..caching import harvest, join
+from ..engine.progress import join
+from ..caching import harvest, HarvestOptions
 from ..crosscoder import (
     aux_grads, Codes, Crosscoder, folded_encoder, MARGIN, rescore, scan_dtype, scan_scores,
     set_normalisation, SLACK, sparse_grads)
@@ -251,8 +253,10 @@ def harvest_preset(a): # the parsed command line
     s, folder = step_settings("caching", a.preset, a.p), Path(a.runs or root()/"runs").expanduser().resolve()/a.preset
     docs, about = load_corpus(folder), corpus_manifest(folder)
     meet(timeout=a.timeout)
-    return harvest_ranks(partial(harvest, s["models"], docs, s["layer"], folder/"store", s["dtype"], s["batch_tokens"], s["shard_tokens"], about, s["rebuild"], store_dtype=s["store_dtype"]),
-                         partial(join, folder/"store"))
+    options = HarvestOptions(s["dtype"], s["batch_tokens"], s["shard_tokens"], s["store_dtype"], s["rebuild"])
+    def harvest_part(part):
+        harvest(s["models"], docs, s["layer"], folder/"store", replace(options, part=part), corpus=about)
+    return harvest_ranks(harvest_part, partial(join, folder/"store"))
 
 def work(a): # the parsed command line
     "Train all pairs of a preset over all ranks."
