@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CONCEPT_KINDS', 'WORLD_PARTS', 'EVERY_DOC', 'EASY', 'KNOWN_VERDICTS', 'Recipe', 'draw_kinds', 'draw_strengths',
            'draw_partners', 'unit', 'draw_directions', 'draw_concepts', 'topic_rates', 'decoupled', 'draw_amplitudes',
-           'draw_activations', 'World', 'WorldStore', 'world_rows', 'world_batches', 'easy_world', 'known_codes',
-           'known_rows', 'known_latents', 'KnownStore', 'known_crosscoder']
+           'draw_activations', 'World', 'WorldStore', 'world_rows', 'world_batches', 'easy_world', 'code_matrix',
+           'sums_of', 'correlations', 'match_concepts', 'occurrences', 'known_codes', 'known_rows', 'known_latents',
+           'KnownStore', 'known_crosscoder']
 
 # %% ../../nbs/worlds/synthetic.ipynb #c002
 import functools
@@ -17,6 +18,7 @@ import torch
 from scipy import sparse
 
 from ..crosscoder import Crosscoder
+from ..scaling import ratio
 
 # %% ../../nbs/worlds/synthetic.ipynb #c006
 CONCEPT_KINDS = ["shared", "A-only", "B-only", "shrunk", "decoupled", "rotated"]
@@ -271,6 +273,51 @@ def easy_world(d_model=64, n_concepts=64, seed=0):
     return World(d_model, n_concepts, seed, **EASY)
 
 # %% ../../nbs/worlds/synthetic.ipynb #c029
+def code_matrix(cc, acts): # a fitted dictionary; [n, 2, d_model], residual units -> csr [n, D]
+    "The codes of some tokens."
+    row, latent, value = (v.cpu().numpy() for v in cc.encode(cc.normalise(acts)))
+    return sparse.csr_matrix((value.astype(float), (row, latent)), (len(acts), cc.n_latents))
+
+def sums_of(x): # sparse [n, m] -> [2, m]
+    "Sum and sum of squares of each column."
+    return np.stack([np.asarray(v.sum(0)).ravel() for v in (x, x.power(2))])
+
+def correlations(cross, f, a, n): # [D, 2C] sum of products; `sums_of` codes and amplitudes; tokens
+    "Correlation of each code with each amplitude [D, 2C], 0 where one of them does not vary."
+    (f1, f2), (a1, a2) = f/n, a/n
+    sd = np.sqrt(np.outer(f2 - f1**2, a2 - a1**2))
+    return np.divide(cross/n - np.outer(f1, a1), sd, out=np.zeros_like(sd), where=sd > 0)
+
+@torch.no_grad()
+def match_concepts(cc, store, pair, # a fitted dictionary; a WorldStore
+                   min_corr=.5):    # below it a latent is about no concept
+    "One row a latent: its concept (or -1), corr, held_A (A's share for each unit in B), held_B."
+    C = len(store.world.truth)
+    n = cross = f_sums = a_sums = 0
+    for r in store.rows(pair):
+        f, a = code_matrix(cc, r["acts"]), r["a"].astype(float)
+        cross = cross + (f.T @ a).toarray()
+        f_sums = f_sums + sums_of(f)
+        a_sums = a_sums + sums_of(a)
+        n += len(r["doc"])
+
+    corr = correlations(cross, f_sums, a_sums, n).reshape(-1, 2, C).max(1)
+    j, best = np.arange(len(corr)), corr.argmax(1)
+    top = corr[j, best]
+    u = store.world.u[best]
+    cos = (u[:, 0]*u[:, 1]).sum(1)
+    A, B = cross.reshape(-1, 2, C)[j, :, best].T
+    concept = np.where(top >= min_corr, best, -1)
+    return pd.DataFrame(dict(latent=j, concept=concept, corr=top, held_A=ratio(A*cos, B),
+                             held_B=ratio(B*cos, A)))
+
+def occurrences(store)->np.ndarray: # a WorldStore -> [C]
+    "On how many tokens each concept is on, in either model."
+    C = len(store.world.truth)
+    pages = [(r["a"][:, :C] + r["a"][:, C:]) > 0 for r in store.rows()]
+    return sum(np.asarray(on.sum(0)).ravel() for on in pages)
+
+# %% ../../nbs/worlds/synthetic.ipynb #c032
 KNOWN_VERDICTS = ["shared", "unique-B", "unique-A", "shrunk", "decoupled", "decoupled", "rotated",
                   "dead", "rare"]
 
@@ -306,7 +353,7 @@ def known_rows(u): # [d, d] orthonormal -> [9, 2, d] each: what the models hold,
     enc[5, 0] = u[4]
     return holds, dec, enc
 
-# %% ../../nbs/worlds/synthetic.ipynb #c030
+# %% ../../nbs/worlds/synthetic.ipynb #c033
 def known_latents(n=2000, # tokens
                   d=32,   # width
                   seed=0):# -> x [n, 2, d], f [n, 9], W_dec and W_enc [9, 2, d], all float64
@@ -319,7 +366,7 @@ def known_latents(n=2000, # tokens
     x = torch.einsum("nj,jmd->nmd", f, holds) + 0.02*noise
     return x, f, dec, enc
 
-# %% ../../nbs/worlds/synthetic.ipynb #c031
+# %% ../../nbs/worlds/synthetic.ipynb #c034
 class KnownStore:
     "The activations of `known_latents` as a store: 20 tokens a document."
     models = ["A", "B"]
