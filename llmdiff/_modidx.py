@@ -1285,6 +1285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llmdiff.scoring.marked_words': ('scoring.html#marked_words', 'llmdiff/scoring.py'),
                                  'llmdiff.scoring.others': ('scoring.html#others', 'llmdiff/scoring.py'),
                                  'llmdiff.scoring.overlap': ('scoring.html#overlap', 'llmdiff/scoring.py'),
+                                 'llmdiff.scoring.pool_pass': ('scoring.html#pool_pass', 'llmdiff/scoring.py'),
                                  'llmdiff.scoring.pool_windows': ('scoring.html#pool_windows', 'llmdiff/scoring.py'),
                                  'llmdiff.scoring.read_probabilities': ('scoring.html#read_probabilities', 'llmdiff/scoring.py'),
                                  'llmdiff.scoring.requests': ('scoring.html#requests', 'llmdiff/scoring.py'),

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONTEXT_KINDS', 'ABOUT', 'DETECT', 'FUZZ', 'ANSWERS', 'MEASURES', 'fresh', 'even_shares', 'pool_windows',
-           'lit_windows', 'vectors', 'by_level', 'evenly', 'with_keep', 'held_contexts', 'check_disjoint', 'had',
-           'label_words', 'context_words', 'idf', 'overlap', 'detection_scores', 'sides', 'auc_matrix', 'best_cuts',
-           'bacc_matrix', 'fuzz_items', 'marked_words', 'fuzz_scores', 'boot', 'floor', 'summary', 'judge_request',
-           'read_probabilities', 'others', 'requests', 'claude_scores', 'score_matrices', 'score_contexts',
-           'score_pair', 'label_scores', 'score_columns', 'auc_figure']
+           'lit_windows', 'pool_pass', 'vectors', 'by_level', 'evenly', 'with_keep', 'held_contexts', 'check_disjoint',
+           'had', 'label_words', 'context_words', 'idf', 'overlap', 'detection_scores', 'sides', 'auc_matrix',
+           'best_cuts', 'bacc_matrix', 'fuzz_items', 'marked_words', 'fuzz_scores', 'boot', 'floor', 'summary',
+           'judge_request', 'read_probabilities', 'others', 'requests', 'claude_scores', 'score_matrices',
+           'score_contexts', 'score_pair', 'label_scores', 'score_columns', 'auc_figure']
 
 # %% ../nbs/15_scoring.ipynb #c002
 import html
@@ -72,6 +72,19 @@ def lit_windows(codes,   # of `active_codes`
     lit[lat[inside], at[inside]] = True
     return lit
 
+def pool_pass(store, cc, pair,
+              latents, # [L]
+              usable,  # documents that may be used
+              windows, # of `pool_windows`
+              n_sample=64, rows=4096)->dict:
+    "One pass: `sample` (CAND, the first documents of each latent), `acts` on their tokens, `lit` [L, n_windows]."
+    kept = Kept(latents, pd.Series(0, usable), n_top=0, n_sample=n_sample)
+    lit = np.zeros((len(latents), len(windows)), bool)
+    for codes in active_codes(store, cc, pair, latents, rows):
+        kept.add(codes)
+        lit |= lit_windows(codes, windows, len(latents))
+    return kept.found() | {"lit": lit}
+
 # %% ../nbs/15_scoring.ipynb #c013
 CONTEXT_KINDS = ["active", "hard", "random"]
 _known = {}
@@ -120,12 +133,7 @@ def held_contexts(store, cc, pair, docs, tok,
     ids, out = np.array(sorted(examples.latent[examples.kind == "top"].unique()), dtype=np.int64), []
     if len(ids):
         wins = pool_windows(docs, pool, balanced, left, right, seed)
-        kept = Kept(ids, pd.Series(0, first_of_text(docs)), n_top=0, n_sample=n_sample)   # the first ones
-        lit = np.zeros((len(ids), len(wins)), bool)
-        for codes in active_codes(store, cc, pair, ids, rows):
-            kept.add(codes)
-            lit |= lit_windows(codes, wins, len(ids))
-        found = kept.found() | {"lit": lit}
+        found = pool_pass(store, cc, pair, ids, first_of_text(docs), wins, n_sample, rows)
         cut, origin = windower(docs, tok, found["acts"], left, right), original(docs)
         found["windows"] = [cut(-1, d, p, 0.) for d, p in zip(wins.doc, wins.pos)]
         e_pool = vectors([w["text"] for w in found["windows"]])
