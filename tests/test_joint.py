@@ -7,7 +7,7 @@ from llmdiff import joint as jt, replication as rp, scaling as sc
 from llmdiff.core import UserError
 from llmdiff.examples import card
 from llmdiff.crosscoder import Crosscoder, calibrate, set_normalisation
-from llmdiff.training import train
+from llmdiff.training import Options, train
 from test_examples import Tok, World
 from test_replication import AB, Memory, dictionary, find, small_store
 
@@ -37,7 +37,7 @@ def test_sets_of_models_are_found_by_training():
     cc = set_normalisation(Crosscoder(48, 40, 2, NAMES, seed=1), x.double().mean(0), x.double().var(0, unbiased=False).sum(1))
     def batches(start):
         for i in itertools.count(start): yield x[torch.randint(len(x), (256,), generator=torch.Generator().manual_seed(i))]
-    train(batches, cc, 700, 5e-3, dead_after=4000, k_aux=8); calibrate(cc, [cc.normalise(x[:4000])])
+    train(batches, cc, 700, Options(lr=5e-3, dead_after=4000, k_aux=8)); calibrate(cc, [cc.normalise(x[:4000])])
     h = sc.holders(sc.scan(store, cc, NAMES), cc.W_dec.detach(), NAMES)
     cos = torch.nn.functional.normalize(cc.W_dec.detach().flatten(1), dim=1) @ torch.nn.functional.normalize((W*cc.scale.float()[:, None]).flatten(1), dim=1).T
     hit = cos.max(1); clear = (hit.values > .9).numpy() & (h["count"] >= 10).to_numpy()

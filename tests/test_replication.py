@@ -3,14 +3,14 @@ import itertools
 
 import numpy as np, pandas as pd, pytest, torch
 
-import test_crosscoder
+import test_training
 from llmdiff import replication as rp, scaling as sc
 from llmdiff.core import UserError, save_latents
 from llmdiff.crosscoder import Crosscoder
-from llmdiff.training import train_pair
+from llmdiff.training import PairOptions, train_pair
 
-AB, small_store = ["A", "B"], test_crosscoder.small_store
-SETTINGS = {**test_crosscoder.ARGS, "train_tokens": 12_000}
+AB, small_store = ["A", "B"], test_training.small_store
+SETTINGS = {**test_training.ARGS, "train_tokens": 12_000}
 
 
 class Memory:
@@ -206,7 +206,7 @@ def test_a_pair_against_itself_and_against_a_blind_judge():
 
 def run_with(tmp_path, pair=("pt", "it"), **settings):
     store = small_store(tmp_path/"store", names=("pt", "it"))
-    train_pair(store, list(pair), tmp_path/"crosscoder"/"-".join(pair), **{**SETTINGS, **settings})
+    train_pair(store, list(pair), tmp_path/"crosscoder"/"-".join(pair), PairOptions(**{**SETTINGS, **settings}))
     return store
 
 

@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 
 from ..core import check, latents, pair_name, path
 from ..crosscoder import read_config
-from ..training import train_pair
+from ..training import PairOptions, train_pair
 from ..codes import encode_tile, open_pair, tiles
 from ..scaling import accumulate, scaling_table
 from ..verdicts import judge
@@ -40,7 +40,11 @@ def train_seeds(run, pair, seeds, seed=0, **settings): # -> Store, list of Cross
     made = read_config(seed_folder(run, pair, seed, seed))["info"].get("settings", {})
     off = [f"{n} = {made[n]} (here {v})" for n, v in dict(settings, seed=seed).items() if n in made and made[n] != v]
     check(not off, f"crosscoder/{pair_name(pair)} was trained with {', '.join(off)}: seeds can only be compared with equal settings, change them here or run step training again")
-    return store, [first] + [train_pair(store, pair, seed_folder(run, pair, s, seed), seed=s, **settings)[0] for s in range(seed + 1, seed + seeds)]
+    again = []
+    for s in range(seed + 1, seed + seeds):
+        options = PairOptions(seed=s, **settings)
+        again.append(train_pair(store, pair, seed_folder(run, pair, s, seed), options)[0])
+    return store, [first, *again]
 
 # %% ../../nbs/closer/seeds.ipynb #c011
 def views(point # [R] verdicts by the estimates

@@ -17,6 +17,7 @@ from scipy import sparse, stats
 
 from ..core import check, save_table, savefig
 from ..scaling import ratio
+from ..training import PairOptions
 from .methods import fit_method, measured, METHODS
 from ..worlds.synthetic import World, WORLD_PARTS, WorldStore
 
@@ -99,7 +100,7 @@ SIZES = {"tiny": dict(world=dict(d_model=32, n_concepts=60), n_tokens=40_000, n_
 def measure_method(method, stores, truth, seed, n_boot=500, **fit_args): # dict of WorldStores train, fresh, population; truth with occurrences -> latents, coverage, results
     "Fit a method to a world and compare all it claims with the truth."
     st, pair = stores["train"], stores["train"].world.names
-    cc, _, q = fit_method(method, st, pair, seed=seed, **fit_args)
+    cc, _, q = fit_method(method, st, pair, PairOptions(seed=seed, **fit_args))
     t, fresh, pop = (measured(cc, stores[p], pair, n_boot=b, seed=seed) for p, b in (("train", n_boot), ("fresh", n_boot), ("population", 20)))
     n = {p: s.n_tokens for p, s in stores.items()}
     cover = pd.concat([covered(x, pop, n[p], n["population"]).assign(docs=d) for x, p, d in ((t, "train", "trained on"), (fresh, "fresh", "fresh"))])

@@ -39,7 +39,7 @@ from ..caching import buckets, pad, read_part, release, tap
 from ..crosscoder import (
     batch_topk, calibrate, Codes, Crosscoder, dense_loss, folded_encoder, scan_dtype,
     score_norm, select, sparse_grads)
-from ..training import train_step
+from ..training import new_state, Options, train_step
 from ..codes import CAND, doc_maxima, keep_best
 from ..scaling import accumulate, betas, gram
 from ..worlds.synthetic import Planted
@@ -73,8 +73,8 @@ def new_crosscoder(s, seed=0): # sizes
 def sparse_trainer(s, dtype=torch.float32, lr=1e-4, seed=0): # sizes, dtype of the scan -> crosscoder, step, state
     "Our step: x -> loss, a token."
     cc = new_crosscoder(s, seed); opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
-    state = dict(threshold=0., since=torch.zeros(s["n_latents"], dtype=torch.long, device=device()))
-    def step(x): return train_step(cc, opt, x, state, dtype, dead_after=NEVER)[:s["n_models"]].sum()/len(x)
+    state, options = new_state(cc), Options(dead_after=NEVER, select=str(dtype).removeprefix("torch."))
+    def step(x): return train_step(cc, opt, x, state, options)[:s["n_models"]].sum()/len(x)
     return cc, step, state
 
 def dense_trainer(s, lr=1e-4, seed=0, dtype=None): # sizes; dtype of autocast -> crosscoder, step
@@ -190,7 +190,7 @@ def same_answer(s, seed=0): # sizes -> rows
     "Selection and gradients of our step against the dense ones."
     cc, step, state = sparse_trainer(s, lr=1e-3, seed=seed); xs = pool(s, 4, seed)
     for x in xs[:3]: step(x)
-    codes, _ = select(cc, xs[3], state["threshold"])
+    codes, _ = select(cc, xs[3], state.threshold)
     wrong, mask, f = selected_wrongly(cc, xs[3], codes)
     return [bench_row("step, entries selected unlike a flat top-k / entries", s, wrong, len(codes.row), "entries, less is better", "<= 0"),
             bench_row("step, fp32 gradients / dense autograd: relative difference", s, gradient_error(cc, xs[3], codes, mask, f), 1, "of the norm, less is better", "<= 1e-5")]
