@@ -160,6 +160,7 @@ class Floors:
     engine: list      # under the story; each may import `core` and those before it
     engine_may: dict  # engine module -> chapters of the story that it may import as well
     above: dict       # folder over the story -> folders that it may import besides itself, story and engine
+    above_may: dict   # module over the story -> modules of the driver that it may import as well
 
     def folder(self, module): return module.partition(".")[0] if "." in module else ""
 
@@ -170,7 +171,7 @@ class Floors:
         over, under = self.folder(a), self.folder(b)
         if a == b: return ""
         if over in self.above:
-            fine = under in ("", "engine", over, *self.above[over])
+            fine = under in ("", "engine", over, *self.above[over]) or b in self.above_may.get(a, [])
             return "" if fine else f"{over}/ does not import {under}/"
         if under in self.above:
             return "" if test and under == "worlds" else f"story and engine import nothing of {under}/"

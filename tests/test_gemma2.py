@@ -6,7 +6,7 @@ from llmdiff.core import UserError, latents, load_preset
 from llmdiff.corpus import build_corpus, corpus_manifest, documents, save_corpus
 from llmdiff.models import check_models, load_tokenizer
 from llmdiff.scaling import scale_pair
-from llmdiff.training import train_pair
+from llmdiff.training import PairOptions, train_pair
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_the_chain_runs_on_gemma2(family, sources, tmp_path):
     about = save_corpus(docs, run, tok, sources, 64, 0)
     store = harvest(family, docs, 2, tmp_path/"store", HarvestOptions("float32"), corpus=about, say=lambda s: None)
     assert store.n_tokens == corpus_manifest(run)["n_kept"] and store.d_model == 32
-    cc, log, res = train_pair(store, pair, tmp_path/"crosscoder"/"pt-it", n_latents=64, k=8, batch=256, train_tokens=20_000, lr=1e-3)
+    cc, log, res = train_pair(store, pair, tmp_path/"crosscoder"/"pt-it", PairOptions(n_latents=64, k=8, batch=256, train_tokens=20_000))
     assert min(res["fve"]) > .3 and log.loss.iloc[-1] < log.loss.iloc[0]
     t, n = scale_pair(run, pair, n_boot=20)
     assert len(t) == 64 and n == store.n_tokens and t.verdict.notna().all()

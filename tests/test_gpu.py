@@ -1,20 +1,31 @@
-"The engine on a GPU: the same test bodies on CPU and on CUDA, held against dense float64 on the CPU. Without a GPU the CUDA half is skipped."
+"""The engine on a GPU: the same test bodies on CPU and on CUDA, held against dense float64 on the CPU.
+
+Without a GPU the CUDA half is skipped.
+"""
 import itertools
 
-import pytest, torch
+import pytest
+import torch
 import torch.nn.functional as F
 
 from llmdiff import crosscoder
-from llmdiff.crosscoder import Crosscoder, Planted, aux_grads, calibrate, dense_aux, dense_code, dense_loss, fold, load, save, scan, scan_dtype, score_norm, select, set_normalisation, sparse_grads
-from llmdiff.training import dead_latents, evaluate, load_checkpoint, train, train_step
+from llmdiff.crosscoder import (
+    aux_grads, calibrate, Crosscoder, dense_aux, dense_code, dense_loss, folded_encoder, load, save, scan_dtype,
+    scan_scores, score_norm, select, set_normalisation, sparse_grads)
+from llmdiff.engine.checkpoints import load_checkpoint
+from llmdiff.training import dead_latents, evaluate, Kit, new_state, Options, train, train_step
+from llmdiff.worlds.synthetic import Planted
 
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand: torch.cuda.is_available() is False")
-DTYPES, N, D, K = [torch.float32, torch.bfloat16], 300, 200, 6
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(),
+                            reason="no GPU is at hand: torch.cuda.is_available() is False")
+DTYPES = [torch.float32, torch.bfloat16]
+N, D, K = 300, 200, 6
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
 def dev(request):
-    n = torch.get_num_threads(); torch.set_num_threads(1)
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield request.param
     torch.set_num_threads(n)
 
@@ -27,7 +38,8 @@ def tiles(request, monkeypatch):
 
 def make(d=24, M=2, seed=0):
     "A crosscoder away from its symmetric start, in float32 on the CPU."
-    cc = Crosscoder(d, D, K, "ABC"[:M], seed=seed); g = torch.Generator().manual_seed(seed + 1)
+    cc = Crosscoder(d, D, K, "ABC"[:M], seed=seed)
+    g = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in cc.parameters(): p += .03*torch.randn(p.shape, generator=g)
         cc.W_dec *= 2*torch.rand(D, M, 1, generator=g)
@@ -48,39 +60,55 @@ def close(got, want, tol=1e-5): assert (got.cpu().double() - want).abs().max() <
 def grads(cc): return {n: p.grad.clone() for n, p in cc.named_parameters()}
 
 
+def pairs(codes): return torch.stack(codes[:2], 1).cpu()
+
+
+# ---- one batch
+
 def test_scan_finds_all_above_a_bound(dev, tiles):
-    cc, x = make(), acts(); score = acts().double().flatten(1) @ (exact().W_enc.flatten(1)*score_norm(exact())[:, None]).T + exact().b_enc*score_norm(exact())
-    W, b, _ = fold(cc.to(dev), torch.float32)
-    at, _ = scan(x.flatten(1).to(dev), W, b, 1.5)
+    ref, x = exact(), acts()
+    norm = score_norm(ref)
+    score = x.double().flatten(1) @ (ref.W_enc.flatten(1)*norm[:, None]).T + ref.b_enc*norm
+    W, b, _ = folded_encoder(make().to(dev), torch.float32)
+    at, _ = scan_scores(x.flatten(1).to(dev), W, b, 1.5)
     assert at.device.type == dev and torch.equal(at.cpu(), (score.flatten() > 1.5).nonzero().squeeze(1))
 
 
 @pytest.mark.parametrize("guess", [0., 1., 3.])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_selection_is_flat_topk(dev, tiles, dtype, guess):
-    "In bfloat16 too, where the scan only proposes: of this batch no pair is so near the threshold that its rounding decides."
-    want = dense_code(exact(), acts().double()).detach(); t = float((want*score_norm(exact()))[want > 0].min())
+    "In bfloat16 too, where the scan only proposes: no pair of this batch is that near the threshold."
+    want = dense_code(exact(), acts().double()).detach()
+    t = float((want*score_norm(exact()))[want > 0].min())
     codes, last = select(make().to(dev), acts().to(dev), guess*t, dtype)
-    assert {c.device.type for c in codes} == {dev} and [c.dtype for c in codes] == [torch.int64, torch.int64, torch.float32]
-    assert torch.equal(torch.stack(codes[:2], 1).cpu(), want.nonzero())            # in this order: token, then latent
-    assert last == pytest.approx(t, rel=1e-5); close(codes.value, want[want > 0])
+    assert {c.device.type for c in codes} == {dev}
+    assert [c.dtype for c in codes] == [torch.int64, torch.int64, torch.float32]
+    assert torch.equal(pairs(codes), want.nonzero())            # in this order: token, then latent
+    assert last == pytest.approx(t, rel=1e-5)
+    close(codes.value, want[want > 0])
 
 
 @pytest.mark.parametrize("M", [1, 2, 3])
 def test_gradients_are_those_of_autograd(dev, tiles, M):
-    cc, x, ref = make(M=M).to(dev), acts(M=M), exact(M=M); dead = torch.arange(1, D, 9)
-    loss, e = dense_loss(ref, x.double()); loss.backward(); want = grads(ref)
+    cc, x, ref = make(M=M).to(dev), acts(M=M), exact(M=M)
+    dead = torch.arange(1, D, 9)
+    loss, e = dense_loss(ref, x.double())
+    loss.backward()
+    want = grads(ref)
     got = sparse_grads(cc, x.to(dev), select(cc, x.to(dev))[0])
     close(got, e)
     for n, g in grads(cc).items(): close(g, want[n])
-    (aux := dense_aux(ref, x.double(), e, dead, 8, 1/32)).backward()
+
+    aux = dense_aux(ref, x.double(), e, dead, 8, 1/32)
+    aux.backward()
     close(aux_grads(cc, x.to(dev), got, dead.to(dev), 8, 1/32), aux.detach())
     for n, g in grads(cc).items(): close(g, ref.get_parameter(n).grad)
     assert not torch.equal(want["W_dec"], ref.W_dec.grad)
 
 
 def test_no_active_latent(dev):
-    cc, x = make().to(dev), acts().to(dev); cc.b_enc.data -= 1e3
+    cc, x = make().to(dev), acts().to(dev)
+    cc.b_enc.data -= 1e3
     codes, t = select(cc, x)
     assert len(codes.row) == 0 and t == 0
     sparse_grads(cc, x, codes)
@@ -88,19 +116,50 @@ def test_no_active_latent(dev):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_steps_follow_the_dense_ones(dev, dtype):
-    cc, ref = make().to(dev), exact(); steps = 8
-    opt, dense = torch.optim.Adam(cc.parameters(), lr=1e-3, fused=True), torch.optim.Adam(ref.parameters(), lr=1e-3)
-    state = dict(threshold=0., since=torch.zeros(D, dtype=torch.long, device=dev))
+def test_calibrated_codes(dev, dtype):
+    cc, x, ref = make().to(dev), acts(), exact()
+    calibrate(cc, x.to(dev).split(70), dtype)
+    f = F.relu(x.double().flatten(1) @ ref.W_enc.flatten(1).T + ref.b_enc).detach()
+    score = f*score_norm(ref)
+    top = score.flatten().topk(K*N + 1).values
+    assert cc.theta.device.type == dev and float(top[-1]) < float(cc.theta) < float(top[-2])
+    codes = crosscoder.encode(cc, x.to(dev), dtype)
+    want = f*(score > cc.theta.cpu().double())
+    assert torch.equal(pairs(codes), want.nonzero())
+    close(codes.value, want[want > 0])
+    close(cc.decode(*codes, N), (torch.einsum("nj,jmd->nmd", want, ref.W_dec) + ref.b_dec).detach())
+
+
+# ---- training
+
+def dense_step(ref, opt, x): # -> residual
+    "The specification, in float64 by autograd."
+    opt.zero_grad()
+    loss, e = dense_loss(ref, x.double())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(ref.parameters(), 1.)
+    opt.step()
+    return e
+
+
+@pytest.mark.parametrize("select", ["float32", "bfloat16"])
+def test_steps_follow_the_dense_ones(dev, select):
+    cc, ref, steps = make().to(dev), exact(), 8
+    opt = torch.optim.Adam(cc.parameters(), lr=1e-3, fused=True)
+    dense = torch.optim.Adam(ref.parameters(), lr=1e-3)
+    state, options = new_state(cc), Options(select=select)
     for i in range(steps):
-        x = acts(seed=i); dense.zero_grad(); loss, e = dense_loss(ref, x.double()); loss.backward()
-        torch.nn.utils.clip_grad_norm_(ref.parameters(), 1.); dense.step()
-        sums = train_step(cc, opt, x.to(dev), state, dtype)
+        x = acts(seed=i)
+        e = dense_step(ref, dense, x)
+        sums = train_step(cc, opt, x.to(dev), state, options)
         assert sums.device.type == dev and sums.dtype == torch.float64
-        assert float(sums[:2].sum()) == pytest.approx(float(e.pow(2).sum()), rel=1e-5 if dtype == torch.float32 else 1e-3) and int(sums[4]) == K*N
-    if dtype == torch.float32:
-        for p, q in zip(cc.parameters(), ref.parameters()): torch.testing.assert_close(p.detach().cpu().double(), q.detach(), rtol=1e-4, atol=5e-6)
-    assert state["since"].device.type == dev and int(state["since"].max()) <= steps*N
+        rel = 1e-5 if select == "float32" else 1e-3
+        assert float(sums[:2].sum()) == pytest.approx(float(e.pow(2).sum()), rel=rel)
+        assert int(sums[4]) == K*N
+    if select == "float32":
+        for p, q in zip(cc.parameters(), ref.parameters()):
+            torch.testing.assert_close(p.detach().cpu().double(), q.detach(), rtol=1e-4, atol=5e-6)
+    assert state.since.device.type == dev and int(state.since.max()) <= steps*N
 
 
 def test_the_latents_that_are_helped_are_the_same_everywhere(dev):
@@ -109,18 +168,8 @@ def test_the_latents_that_are_helped_are_the_same_everywhere(dev):
     want = sorted(range(len(since)), key=lambda i: (-int(since[i]), i))[:600]
     got = dead_latents(since, 3, 600)
     assert got.device.type == dev and got.tolist() == sorted(want)
-    assert dead_latents(since, 8, 600).tolist() == list(range(2, 3500, 7)) and dead_latents(since, 10, 600).tolist() == []
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_calibrated_codes(dev, dtype):
-    cc, x, ref = make().to(dev), acts(), exact()
-    calibrate(cc, x.to(dev).split(70), dtype)
-    f = F.relu(x.double().flatten(1) @ ref.W_enc.flatten(1).T + ref.b_enc).detach(); score = f*score_norm(ref); top = score.flatten().topk(K*N + 1).values
-    assert cc.theta.device.type == dev and float(top[-1]) < float(cc.theta) < float(top[-2])
-    codes = crosscoder.encode(cc, x.to(dev), dtype); want = f*(score > cc.theta.cpu().double())
-    assert torch.equal(torch.stack(codes[:2], 1).cpu(), want.nonzero()); close(codes.value, want[want > 0])
-    close(cc.decode(*codes, N), (torch.einsum("nj,jmd->nmd", want, ref.W_dec) + ref.b_dec).detach())
+    assert dead_latents(since, 8, 600).tolist() == list(range(2, 3500, 7))
+    assert dead_latents(since, 10, 600).tolist() == []
 
 
 def world(): return Planted(d_model=32, n_concepts=64, exclusive=8, active=4)
@@ -131,23 +180,30 @@ def fresh(dev):
     return set_normalisation(Crosscoder(32, 96, 4, "AB"), x.mean(0), x.var(0, unbiased=False).sum(1)).to(dev)
 
 
-def stream(start): w = world(); return (w(256, seed=i) for i in itertools.count(start))
+def stream(start):
+    w = world()
+    return (w(256, seed=i) for i in itertools.count(start))
 
 
-ARGS = dict(lr=3e-3, dead_after=3000, k_aux=8, aux_latents=16, n_log=10)
+ARGS = dict(lr=3e-3, dead_after=3000, k_aux=8, aux_latents=16)
 
 
 @pytest.mark.parametrize("select", ["float32", "bfloat16"])
 def test_training_learns_as_on_the_cpu(dev, select, tmp_path):
     "AuxK included; then calibrated, measured, saved, loaded."
-    want, cc = train(stream, fresh("cpu"), 120, select="float32", **ARGS), fresh(dev)
-    log = train(stream, cc, 120, select=select, **ARGS)
-    assert (log.loss/want.loss - 1).abs().max() < (1e-3 if select == "float32" else 1e-2) and (log.aux > 0).any() and log.fve_A.iloc[-1] > .7
+    cc = fresh(dev)
+    want = train(stream, fresh("cpu"), 120, Options(**ARGS, select="float32"), n_log=10)
+    log = train(stream, cc, 120, Options(**ARGS, select=select), n_log=10)
+    assert (log.loss/want.loss - 1).abs().max() < (1e-3 if select == "float32" else 1e-2)
+    assert (log.aux > 0).any() and log.fve_A.iloc[-1] > .7
     held = [world()(1000, seed=10**6 + i) for i in range(1, 4)]
-    calibrate(cc, [cc.normalise(held[0])], scan_dtype(select)); r = evaluate(cc, iter(held[1:]), select)
+    calibrate(cc, [cc.normalise(held[0])], scan_dtype(select))
+    r = evaluate(cc, iter(held[1:]), select)
     assert abs(r["l0"] - 4) < .4 and min(r["fve"]) > .7
-    save(cc, tmp_path); again = load(tmp_path, dev)
-    for a, b in zip(cc.state_dict().values(), again.state_dict().values()): assert a.device == b.device and torch.equal(a, b)
+    save(cc, tmp_path)
+    again = load(tmp_path, dev)
+    for a, b in zip(cc.state_dict().values(), again.state_dict().values()):
+        assert a.device == b.device and torch.equal(a, b)
 
 
 def test_an_interrupted_training_goes_on(dev, tmp_path):
@@ -156,11 +212,17 @@ def test_an_interrupted_training_goes_on(dev, tmp_path):
         for i, x in enumerate(stream(start)):
             if start + i == 33: raise KeyboardInterrupt
             yield x
-    whole, cc, file = fresh(dev), fresh(dev), tmp_path/"checkpoint.safetensors"
-    log = train(stream, whole, 60, **ARGS)
-    with pytest.raises(KeyboardInterrupt): train(killed, fresh(dev), 60, **ARGS, checkpoint=file, key="a", every=0)
-    opt = torch.optim.Adam(cc.parameters(), fused=True); state, _ = load_checkpoint(file, "a", cc, opt)
-    assert state["step"] == 30 and state["since"].device.type == dev and {t.device.type for s in opt.state.values() for t in s.values()} == {dev}
-    got = train(stream, cc := fresh(dev), 60, **ARGS, checkpoint=file, key="a")
-    for p, q in zip(whole.parameters(), cc.parameters()): assert torch.equal(p, q) if dev == "cpu" else (p - q).abs().max() < 1e-3*p.abs().max()
+
+    whole, cc, file, options = fresh(dev), fresh(dev), tmp_path/"checkpoint.safetensors", Options(**ARGS)
+    log = train(stream, whole, 60, options, n_log=10)
+    with pytest.raises(KeyboardInterrupt): train(killed, fresh(dev), 60, options, Kit(file, "a", every=0), n_log=10)
+    opt = torch.optim.Adam(cc.parameters(), fused=True)
+    found = load_checkpoint(file, "a", cc, opt)
+    assert found["step"] == 30 and found["since"].device.type == dev
+    assert {t.device.type for s in opt.state.values() for t in s.values()} == {dev}
+
+    cc = fresh(dev)
+    got = train(stream, cc, 60, options, Kit(file, "a"), n_log=10)
+    for p, q in zip(whole.parameters(), cc.parameters()):
+        assert torch.equal(p, q) if dev == "cpu" else (p - q).abs().max() < 1e-3*p.abs().max()
     assert (got.loss/log.loss - 1).abs().max() < 1e-3

@@ -134,6 +134,7 @@ def test_storage_errors_are_those_of_a_round_trip():
 
 
 def test_train_pair_takes_a_live_stream(family, docs, tmp_path):
-    from llmdiff.training import train_pair
-    r = train_pair(toy(family, docs), ["A", "C"], tmp_path/"cc", n_latents=32, k=4, batch=32, train_tokens=2000, lr=1e-3, held=.2)[2]
+    from llmdiff.training import PairOptions, train_pair
+    options = PairOptions(n_latents=32, k=4, batch=32, train_tokens=2000, held=.2)
+    r = train_pair(toy(family, docs), ["A", "C"], tmp_path/"cc", options)[2]
     assert r["train_tokens"] == 1984 and r["tokens"] > 0

@@ -21,13 +21,15 @@ FLOORS = Floors(
     story=["core", "models", "corpus", "answers", "lens", "caching", "crosscoder", "training", "codes", "scaling",
            "verdicts", "usage", "causal", "examples", "annotation", "scoring", "tables", "report"],
     # under the story; a module imports `core` and those before it
-    engine=["engine.packages", "engine.texts", "engine.chats", "engine.store", "engine.progress", "engine.ledger", "engine.llm",
+    engine=["engine.packages", "engine.texts", "engine.chats", "engine.checkpoints", "engine.store", "engine.progress", "engine.ledger", "engine.llm",
             "engine.show", "engine.cards"],
     # the store refuses activations of other models, so it asks `models` who they are
     engine_may={"engine.store": ["models"]},
     # over the story; the story and the engine import nothing of these
     above={"worlds": [], "outside": ["worlds"], "closer": ["worlds"], "scale": ["worlds", "outside", "closer"],
-           "driver": ["worlds", "outside", "closer", "scale"]})
+           "driver": ["worlds", "outside", "closer", "scale"]},
+    # it trains the presets that the driver runs, so it stands above these two (and below `driver.commands`)
+    above_may={"scale.parallel": ["driver.settings", "driver.steps"]})
 DEFINED_TWICE = {"main", "parser", "__all__"}   # names that several modules may define
 
 # ---- density, of every code cell
@@ -300,7 +302,9 @@ IMPORTS = {
     "a closer look of story and worlds": (small(closer__seeds="from ..annotation import x\n"
                                                 "from ..worlds.family import y"), 0),
     "a closer look of scale": (small(closer__seeds="from ..scale.bench import x"), 1),
-    "scale of the driver": (small(scale__parallel="def f():\n    from ..driver.steps import steps"), 1),
+    "scale of the driver": (small(scale__bench="def f():\n    from ..driver.steps import steps"), 1),
+    "parallel of the driver's steps": (small(scale__parallel="def f():\n    from ..driver.steps import steps"), 0),
+    "parallel of the commands": (small(scale__parallel="def f():\n    from ..driver.commands import run"), 1),
     "worlds in a test cell": (small(code("from llmdiff.worlds.synthetic import World", **TEST)), 0),
     "worlds in another cell": (small(code("from llmdiff.worlds.synthetic import World", after_run=True)), 1),
     "a later chapter in a test cell": (small(code("from llmdiff.crosscoder import load", **TEST)), 1),

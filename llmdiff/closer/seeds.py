@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 
 from ..core import check, latents, pair_name, path
 from ..crosscoder import read_config
-from ..training import train_pair
+from ..training import PairOptions, train_pair
 from ..codes import encode_tile, open_pair, tiles
 from ..scaling import accumulate, scaling_table
 from ..verdicts import Cuts, judge
@@ -59,7 +59,8 @@ def train_seeds(run, pair,
     check_settings(run, pair, dict(settings, seed=seed))
     ccs = [first]
     for s in range(seed + 1, seed + seeds):
-        ccs.append(train_pair(store, pair, seed_folder(run, pair, s, seed), seed=s, **settings)[0])
+        options = PairOptions(seed=s, **settings)
+        ccs.append(train_pair(store, pair, seed_folder(run, pair, s, seed), options)[0])
     return store, ccs
 
 # %% ../../nbs/closer/seeds.ipynb #c011

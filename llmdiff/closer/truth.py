@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from ..core import check, save_table, savefig
+from ..training import PairOptions
 from .methods import fit_method, measured, METHODS
 from ..worlds.synthetic import (
     match_concepts, occurrences, World, WORLD_PARTS, WorldStore)
@@ -108,7 +109,8 @@ def measure_method(method, stores, truth, # dict part -> WorldStore; truth with 
                    seed, n_boot=500, **fit_args): # -> latents, coverage, results of the fit
     "Fit a method to a world and compare all it claims with the truth."
     pair = stores["train"].world.names
-    cc, _, results = fit_method(method, stores["train"], pair, seed=seed, **fit_args)
+    options = PairOptions(seed=seed, **fit_args)
+    cc, _, results = fit_method(method, stores["train"], pair, options)
     n_boots = dict(train=n_boot, fresh=n_boot, population=20)
     tables = {p: measured(cc, stores[p], pair, n_boot=n, seed=seed) for p, n in n_boots.items()}
     N = stores["population"].n_tokens

@@ -134,7 +134,7 @@ def same_answer(sizes, # see `sized`
     *before, x = pool(sizes, 4, seed)
     for earlier in before:
         step(earlier)
-    codes, _ = select(cc, x, state["threshold"])
+    codes, _ = select(cc, x, state.threshold)
     n_wrong, mask, f = selected_wrongly(cc, x, codes)
     error = gradient_error(cc, x, codes, mask, f)
     return [

@@ -16,7 +16,7 @@ import torch
 
 from ..models import device
 from ..crosscoder import Crosscoder, dense_loss
-from ..training import train_step
+from ..training import new_state, Options, train_step
 from ..worlds.synthetic import easy_world
 
 # %% ../../nbs/scale/trainers.ipynb #c006
@@ -82,10 +82,11 @@ def sparse_trainer(sizes,               # see `sized`
     "Our step."
     cc = new_crosscoder(sizes, seed)
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
-    state = dict(threshold=0., since=no_dead(sizes))
+    state = new_state(cc)
+    options = Options(dead_after=NEVER, select=str(dtype).removeprefix("torch."))
 
     def step(x):
-        sums = train_step(cc, opt, x, state, dtype, dead_after=NEVER)
+        sums = train_step(cc, opt, x, state, options)
         squared_error = sums[:sizes["n_models"]]
         return squared_error.sum()/len(x)
 
