@@ -231,7 +231,7 @@ def harvest(models,      # name -> spec
     read_missing(p, options.batch_tokens, say)
     return join(folder) if alone else None
 
-# %% ../nbs/05_caching.ipynb #c038
+# %% ../nbs/05_caching.ipynb #c035
 def norms_by_kind(store,   # a Store
                   max_rows # kept tokens to look at, from the front
                  )->dict:  # kind of token -> [tokens, n_models] float64
@@ -265,7 +265,7 @@ def norm_table(store,           # a Store
                          "share_of_tokens": len(v)/count, "share_of_squares": (v**2).sum()/squares[j]})
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_caching.ipynb #c041
+# %% ../nbs/05_caching.ipynb #c038
 def norm_figure(norms, # `norm_table`
                 layer  # index of the decoder layer, for the label
                ):      # -> matplotlib Figure
