@@ -14,7 +14,7 @@ from llmdiff.crosscoder import (
     scan_scores, score_norm, select, set_normalisation, sparse_grads)
 from llmdiff.engine.checkpoints import load_checkpoint
 from llmdiff.training import dead_latents, evaluate, Kit, new_state, Options, train, train_step
-from llmdiff.worlds.synthetic import Planted
+from llmdiff.worlds.synthetic import easy_world
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(),
                             reason="no GPU is at hand: torch.cuda.is_available() is False")
@@ -172,7 +172,7 @@ def test_the_latents_that_are_helped_are_the_same_everywhere(dev):
     assert dead_latents(since, 10, 600).tolist() == []
 
 
-def world(): return Planted(d_model=32, n_concepts=64, exclusive=8, active=4)
+def world(): return easy_world(32, 64)
 
 
 def fresh(dev):

@@ -22,7 +22,7 @@ from llmdiff.scale import parallel
 from llmdiff.scale.cost import cluster_cost, Machine, traffic
 from llmdiff.scale.parallel import check_layout, nth_largest, select_ranks, step_ranks
 from llmdiff.training import Kit, new_state, Options, train, train_pair, train_step
-from llmdiff.worlds.synthetic import Planted
+from llmdiff.worlds.synthetic import easy_world
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def torchrun(n, *args):
 
 # ---- what the ranks do: this file run by torchrun
 
-WORLD = Planted(16, 40, 6, 3, seed=1)
+WORLD = easy_world(16, 40, seed=1)
 
 
 def new():

@@ -19,7 +19,7 @@ from llmdiff.core import UserError
 from llmdiff.crosscoder import Crosscoder, delta_norm, dense_loss, set_normalisation
 from llmdiff.engine.store import moments, Store, write_tensors
 from llmdiff.training import new_state, Options, PairOptions, train, train_pair, train_step
-from llmdiff.worlds.synthetic import Planted
+from llmdiff.worlds.synthetic import easy_world
 
 PAIR = ["pt", "it"]
 ARGS = dict(n_latents=64, k=4, batch=256, train_tokens=30_000, lr=3e-3, dead_after=4000, k_aux=8, aux_latents=16)
@@ -46,7 +46,7 @@ def write_shard(folder, i, acts, first, n_docs):
 def small_store(folder, n=6000, d=24, docs=60, names=("pt", "it")):
     "A real store on disk, in two shards, with planted concepts."
     folder.mkdir()
-    world, shards = Planted(d, 40, 6, 3), {}
+    world, shards = easy_world(d, 40), {}
     for i in range(2):
         s = write_shard(folder, i, world(n//2, seed=i).bfloat16(), i*docs//2, docs//2)
         shards[s["file"]] = s
@@ -102,32 +102,34 @@ def test_trajectory_of_adam_steps():
 
 def new(world, D, k, seed=9):
     stat = world(8000, seed=seed).double()
-    cc = Crosscoder(world.W.shape[2], D, k, "AB")
+    cc = Crosscoder(world.d_model, D, k, "AB")
     return set_normalisation(cc, stat.mean(0), stat.var(0, unbiased=False).sum(1))
 
 
 def test_planted_concepts_are_found_with_their_owner():
-    world = Planted(d_model=32, n_concepts=48, exclusive=8, active=3)
+    world = easy_world(32, 40)
     cc = new(world, 64, 3)
     options = Options(lr=5e-3, dead_after=10**6)
     train(lambda s: (world(256, seed=100+i) for i in itertools.count(s)), cc, 300, options)
-    target = torch.nn.functional.normalize((world.W*cc.scale.float()[:, None]).flatten(1), dim=1)
+    rows = torch.from_numpy(world.decoder).float()*cc.scale.float()[:, None]
+    target = torch.nn.functional.normalize(rows.flatten(1), dim=1)
     cos = target @ torch.nn.functional.normalize(cc.W_dec.detach().flatten(1), dim=1).T
     best = cos.max(1)
     d = torch.from_numpy(delta_norm(cc))[best.indices]
     assert (best.values > .8).float().mean() > .8
-    assert d[world.owner == 0].median() < .15 and d[world.owner == 1].median() > .85
+    kind = world.truth.kind.to_numpy()
+    assert d[kind == "A-only"].median() < .15 and d[kind == "B-only"].median() > .85
 
 
 def test_dead_latents_come_back():
     "With AuxK, latents that cannot become active at the start come to life; without it they stay dead."
-    world, dead = Planted(d_model=32, n_concepts=64, exclusive=8, active=4), {}
-    data = [world(256, seed=100+i) for i in range(150)]
+    world, dead = easy_world(32, 96), {}
+    data = [world(256, seed=100+i) for i in range(250)]
     for weight in (1/32, 0.):
         cc = new(world, 64, 4)
         cc.W_enc.data[:32] *= .02
         options = Options(lr=1e-2, dead_after=2000, k_aux=16, aux_weight=weight)
-        dead[weight] = train(lambda s: iter(data[s:]), cc, 150, options).dead.iloc[-1]
+        dead[weight] = train(lambda s: iter(data[s:]), cc, 250, options).dead.iloc[-1]
     assert dead[0.] > .4 and dead[1/32] < .15
 
 
