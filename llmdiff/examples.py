@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'choose_latents', 'ContextOptions', 'silent_candidates', 'sources_of', 'collect_contexts', 'windower',
-           'even_quantiles', 'by_turns', 'plain_text', 'sameness', 'Shown', 'of_latent', 'in_turns', 'top_candidates',
-           'level_candidates', 'zero_candidates', 'kind_rows', 'build_contexts', 'parts_at', 'active_tokens',
-           'model_parts', 'top_contexts', 'load_examples', 'viewer', 'pair_examples', 'examples_row',
+           'even_quantiles', 'by_turns', 'plain_text', 'sameness', 'NewTexts', 'of_latent', 'in_turns',
+           'top_candidates', 'level_candidates', 'zero_candidates', 'kind_rows', 'build_contexts', 'parts_at',
+           'active_tokens', 'model_parts', 'top_contexts', 'load_examples', 'viewer', 'pair_examples', 'examples_row',
            'parts_by_verdict', 'examples_words', 'parts_words', 'few_contexts_words']
 
 # %% ../nbs/13_examples.ipynb #c002
@@ -151,7 +151,7 @@ def sameness(docs, distinct): # -> doc -> set of documents; text -> key; (key, k
     return (lambda doc: set(parts[origin[doc]])), shingles, near
 
 # %% ../nbs/13_examples.ipynb #c022
-class Shown:
+class NewTexts:
     "The documents and texts of one latent that have been shown: none is shown twice."
     def __init__(self, cut, # (doc, pos, act) -> context
                  same_docs, key, alike): # of `sameness`
@@ -234,7 +234,7 @@ def build_contexts(found,   # of `collect_contexts`
     keep = docs.set_index("doc").keep
     out = []
     for l, latent in enumerate(map(int, latents)):
-        shown = Shown(partial(cut, l), *same)
+        shown = NewTexts(partial(cut, l), *same)
         top = shown.new(top_candidates(of_latent(found["top"], l), source), o.n_top)
         sample = of_latent(found["sample"], l)
         sample = sample[~np.isin(sample["doc"], list(shown.docs))]

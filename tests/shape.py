@@ -98,9 +98,10 @@ def read_cells(file, cells):
 
 
 def notebooks(root):
-    "All notebooks of a checkout but the first page."
+    "The notebooks that export modules: not the first page, and not the pages of the guide."
     files = sorted((root/"nbs").rglob("*.ipynb"))
-    return [f for f in files if f.stem != "index" and ".ipynb_checkpoints" not in f.parts]
+    pages = {".ipynb_checkpoints", "guide"}
+    return [f for f in files if f.stem != "index" and not pages & set(f.parts)]
 
 
 def read_house(root):

@@ -296,7 +296,7 @@ def test_one_side_is_exact_if_the_guess_is(side):
 
 def test_one_side_comes_with_its_loss(tmp_path):
     world = easy_world(48, 24)
-    x, rows = world(3000), torch.from_numpy(world.decoder).float()
+    x, rows = world(3000), world.decoder
     cc = Crosscoder(48, 24, 2, ["A", "B"])
     set_normalisation(cc, x.double().mean(0), x.double().var(0).sum(1))
     with torch.no_grad():                        # the planted concepts themselves

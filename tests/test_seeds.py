@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from llmdiff.annotation import load_taxonomy
-from llmdiff.caching import finish_store
+from llmdiff.engine.progress import finish_store
 from llmdiff.closer import seeds as cs
 from llmdiff.closer.seeds import Matching
 from llmdiff.core import save_latents, UserError

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from llmdiff import training
-from llmdiff.caching import finish_store
+from llmdiff.engine.progress import finish_store
 from llmdiff.core import UserError
 from llmdiff.crosscoder import Crosscoder, delta_norm, dense_loss, set_normalisation
 from llmdiff.engine.store import moments, Store, write_tensors

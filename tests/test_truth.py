@@ -107,7 +107,7 @@ def test_an_easy_world_is_its_decoder(store):
     assert set(w.truth.kind) == {"shared", "A-only", "B-only"} and (w.truth.partner == -1).all()
     page = w.page(0)
     a = page["a"].toarray().reshape(-1, 2, 40)/w.truth[["strength_A", "strength_B"]].T.to_numpy().clip(1e-9)
-    x = np.einsum("nmc,cmd->nmd", a, w.decoder) + w.mu
+    x = np.einsum("nmc,cmd->nmd", a, w.decoder.numpy()) + w.mu
     assert (page["acts"].numpy() - x).std() < .05
 
 

@@ -272,12 +272,12 @@ TITLES = {
     "class_DPO": "Table 5: by class, it and DPO",
     "taxonomy": "Table 6: the taxonomy"}
 
-def _records(t): return json.loads(t.to_json(orient="records"))
+def _as_rows(t): return json.loads(t.to_json(orient="records"))
 
 def paper_json(wrong, tests)->str: # mismatches; of `paper_tests`
     "The tables, the tests and the number of mismatches as one JSON object."
-    tables = {name: _records(t) for name, t in published().items()}
-    head = dict(numbers=printed_numbers(), mismatches=len(wrong), tests=_records(tests))
+    tables = {name: _as_rows(t) for name, t in published().items()}
+    head = dict(numbers=printed_numbers(), mismatches=len(wrong), tests=_as_rows(tests))
     return json.dumps({**head, **tables})
 
 def paper_text(wrong, tests, level)->str: # mismatches; of `paper_tests`

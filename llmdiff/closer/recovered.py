@@ -39,11 +39,13 @@ def marks(docs, # the corpus
     marker, known, out = answer_marker(tok), {}, {}
     for d in docs[docs.kind == "chat"].itertuples():
         at, place = answer_positions(d.ids, d.keep, marker)
-        if not len(at): continue
+        if not len(at):
+            continue
         out[d.doc] = np.zeros((len(d.ids), len(BEHAVIOURS)), bool)
         for a in np.split(at, np.flatnonzero(place == 0)[1:]):
             parts = pieces(tok, np.asarray(d.ids)[a], known)
-            for k, patterns in enumerate(BEHAVIOURS.values()): out[d.doc][a, k] = mark_spans(parts, patterns)
+            for k, patterns in enumerate(BEHAVIOURS.values()):
+                out[d.doc][a, k] = mark_spans(parts, patterns)
     return out
 
 # %% ../../nbs/closer/recovered.ipynb #c010
@@ -51,15 +53,20 @@ def marks(docs, # the corpus
 def marked_share(store, cc, pair, marked, # from `marks`
                 )->tuple: # [D, behaviours] shares, [behaviours] marked tokens, tokens
     "The share of each latent's activation on marked tokens; 0 for a dead latent."
-    B = len(BEHAVIOURS); mass, n, N = np.zeros((len(cc.W_dec), B + 1)), np.zeros(B, int), 0
+    B = len(BEHAVIOURS)
+    mass, n, N = np.zeros((len(cc.W_dec), B + 1)), np.zeros(B, int), 0
     for tile in tiles(store, pair):
         (row, lat, val), doc, pos = encode_tile(cc, tile)[1], np.asarray(tile["doc"]), np.asarray(tile["pos"])
-        m = np.zeros((len(doc), B + 1), bool); m[:, B] = True
+        m = np.zeros((len(doc), B + 1), bool)
+        m[:, B] = True
         for d in np.unique(doc):
-            if d in marked: at = doc == d; m[at, :B] = marked[d][pos[at]]
+            if d in marked:
+                at = doc == d; m[at, :B] = marked[d][pos[at]]
         w, m_row = val.double().cpu().numpy(), m[row.cpu().numpy()]
-        for k in range(B + 1): mass[:, k] += np.bincount(lat.cpu().numpy(), w*m_row[:, k], len(mass))
-        n += m[:, :B].sum(0); N += len(m)
+        for k in range(B + 1):
+            mass[:, k] += np.bincount(lat.cpu().numpy(), w*m_row[:, k], len(mass))
+        n += m[:, :B].sum(0)
+        N += len(m)
     return mass[:, :B]/np.maximum(mass[:, B:], 1e-30), n, N
 
 # %% ../../nbs/closer/recovered.ipynb #c012
@@ -92,14 +99,16 @@ def planted_pair(store, cc, pair, t, marked, counted="verdict", n_peers=1000)->p
     share, n, N = marked_share(store, cc, pair, marked)
     rows = pd.DataFrame(found(share, t, counted, n_peers)).rename(columns={"side": "model"})
     rows["model"] = rows.model.map(dict(zip("AB", pair)))
-    base = dict(zip(BEHAVIOURS, n/N)); peers = dict(zip(BEHAVIOURS, share[t.sort_values("latent").alive.to_numpy(bool)].mean(0)))
+    base = dict(zip(BEHAVIOURS, n/N))
+    peers = dict(zip(BEHAVIOURS, share[t.sort_values("latent").alive.to_numpy(bool)].mean(0)))
     as_ruled = [dict(more=pair[1], fewer=pair[0]).get(RULED.get(r.behaviour)) == r.model for r in rows.itertuples()]
     return rows.assign(pair=pair_name(pair), rule=rows.behaviour.map(RULED).fillna(""), side_of_rule=as_ruled, tokens=N, marked=rows.behaviour.map(dict(zip(BEHAVIOURS, n))), base=rows.behaviour.map(base), mean_share=rows.behaviour.map(peers))
 
 def recovered_finding(t, level=.05)->str:
     "What was found, in words."
     sure = t[t.q < level].sort_values("q"); k = int((t.unique > 0).sum())
-    if not k: return "No pair has a unique latent, so nothing can be found."
+    if not k:
+        return "No pair has a unique latent, so nothing can be found."
     head = f"{len(sure)} of {k} tests (behaviour, pair, side with unique latents) find a unique latent that is about the behaviour at q < {level:g}"
     return head + (": " + "; ".join(f"{r.behaviour} in {r.model} of {r.pair} (latent {r.best}, {r.share:.2g} of its activation against {r.mean_share:.2g} on average, q = {r.q:.2g})" for r in sure.itertuples()) if len(sure) else
                    f"; the smallest p is {t.p.min():.2g}") + "."
@@ -109,7 +118,8 @@ PLANTED = [("lists, headings, bold", ["E.18"], +1), ("refusing harmful requests"
            ("talking about being an AI", ["G.30"], -1), ("filler openings", ["D.17"], -1)]
 
 def _seen(r, level):
-    if r.p != r.p: return "nothing to compare"
+    if r.p != r.p:
+        return "nothing to compare"
     if abs(r["diff"]) < 100/max(r.n_A, r.n_B): return "no difference"    # less than one latent
     side = "as planted" if np.sign(r["diff"]) == (1 if r.planted == "more" else -1) else "the other way"
     return side if r.q < level else f"{side}, not distinguishable"
@@ -120,18 +130,21 @@ def planted_changes(sets,           # dict: model -> its annotated unique latent
     "For each planted change and each other model: counts, difference, Fisher's p, q over all rows, and what is seen."
     a, rows = sets[reference], []
     for m, b in sets.items():
-        if m == reference: continue
+        if m == reference:
+            continue
         for what, codes, sign in PLANTED:
             r = share_row(int(a.category.isin(codes).sum()), len(a), int(b.category.isin(codes).sum()), len(b))
             rows.append(dict(behaviour=what, categories=" ".join(codes), planted="more" if sign > 0 else "fewer", model=m, **r))
     t = pd.DataFrame(rows)
     t["q"] = np.nan
-    if t.p.notna().any(): t.loc[t.p.notna(), "q"] = false_discovery_control(t.p.dropna())
+    if t.p.notna().any():
+        t.loc[t.p.notna(), "q"] = false_discovery_control(t.p.dropna())
     return t.assign(seen=[_seen(r, level) for _, r in t.iterrows()])
 
 def planted_changes_finding(t, reference="it")->str:
     "The answer in one sentence."
-    n = t.seen.value_counts(); sure, lean = n.get("as planted", 0), n.get("as planted, not distinguishable", 0)
+    n = t.seen.value_counts()
+    sure, lean = n.get("as planted", 0), n.get("as planted, not distinguishable", 0)
     wrong, away = n.get("the other way", 0), n.get("the other way, not distinguishable", 0)
     which = t[t.seen == "as planted"]
     named = f" ({'; '.join(f'{r.behaviour} in {r.model}' for r in which.itertuples())})" if sure else ""

@@ -7,7 +7,7 @@ __all__ = ['REPORTED', 'SEED_COLOURS', 'check_seeds', 'seed_folder', 'check_sett
            'new_pairs', 'add_pairs', 'pearson', 'both_codes', 'shuffled', 'coactivation', 'Matching', 'assign',
            'match_latents', 'random_rows', 'find_matches', 'candidates', 'seen_there', 'replication_columns',
            'first_verdicts', 'other_tables', 'replicate_pair', 'with_interval', 'replication_rows', 'expected_number',
-           'verdict_words', 'against_shared_words', 'lost_words', 'replication_finding', 'draw_matches', 'match_figure',
+           'seed_words', 'against_shared_words', 'lost_words', 'replication_finding', 'draw_matches', 'match_figure',
            'restricted']
 
 # %% ../../nbs/closer/seeds.ipynb #c002
@@ -313,7 +313,7 @@ def expected_number(rows, rate): # rows of `replication_rows`; name of a rate ->
     "How many latents a rate means, over all rows."
     return float((rows[rate]*rows.looked_for).fillna(0).sum())
 
-def verdict_words(rows, by, verdict): # the rows of one verdict, all pairs
+def seed_words(rows, by, verdict): # the rows of one verdict, all pairs
     "How many latents of one verdict came back."
     n, who = int(rows.looked_for.sum()), f"{verdict} latents"
     if by == "verdict_point": who += " by the published rule"
@@ -346,7 +346,7 @@ def replication_finding(t # table of `replication_rows`, all pairs
     "What came back, line by line."
     lines = [f"{t.pair.nunique()} pairs, {t.seeds.max()} seeds, {t.tokens.max():,} tokens."]
     for by, verdict in REPORTED:
-        lines.append(verdict_words(t[(t.rule == by) & (t.verdict == verdict)], by, verdict))
+        lines.append(seed_words(t[(t.rule == by) & (t.verdict == verdict)], by, verdict))
     shared = t.verdict == "shared"
     unique = t[(t.rule == "verdict_point") & ~shared]
     if not unique.looked_for.sum():

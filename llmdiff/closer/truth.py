@@ -18,8 +18,7 @@ from scipy import stats
 from ..core import check, save_table, savefig
 from ..training import PairOptions
 from .methods import fit_method, measured, METHODS
-from ..worlds.synthetic import (
-    match_concepts, occurrences, World, WORLD_PARTS, WorldStore)
+from ..worlds.synthetic import match_concepts, occurrences, World, WORLD_PARTS, WorldStore
 
 # %% ../../nbs/closer/truth.ipynb #c007
 HELD = ["shared", "shrunk", "decoupled"]   # kinds of concepts that both models hold

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'TINY_TEMPLATE', 'Base', 'FamilyRecipe', 'sft_rows', 'tiny_texts', 'tiny_tokenizer', 'windows',
-           'make_tiny_base', 'Making', 'seed_all', 'occurring', 'prepare', 'make_it', 'write_pairs', 'make_preferred',
-           'make_family']
+           'make_tiny_base', 'Making', 'seed_all', 'occurring', 'start_making', 'make_it', 'write_pairs',
+           'make_preferred', 'make_family']
 
 # %% ../../nbs/worlds/family.ipynb #c002
 import json
@@ -199,7 +199,7 @@ def occurring(chats, asked, tok)->list: # (ids, mask); prompts; the real tokeniz
     for p in asked: ids.update(tok(p["prompt"], add_special_tokens=False)["input_ids"])
     return sorted(ids)
 
-def prepare(recipe, out, seed, log)->Making: # as for `make_family`
+def start_making(recipe, out, seed, log)->Making: # as for `make_family`
     "Choose chats and prompts, and see which rows of the vocabulary occur."
     base = recipe.base or str(out/"pt")
     tok, rows = load_tokenizer({"pt": base}), chat_rows(recipe.chats, seed)
@@ -253,7 +253,7 @@ def make_family(family,    # "gemma" or "tiny"
     seed_all(seed)
     if recipe.pretrain and not (out/"pt"/"config.json").exists():
         make_tiny_base(out/"pt", recipe.pretrain, seed, log)
-    m = prepare(recipe, out, seed, log)
+    m = start_making(recipe, out, seed, log)
     if not is_made(out/"it"): make_it(m)
     if not (out/"pairs.json").exists(): write_pairs(m)
     for name, method in (("SimPO", "simpo"), ("DPO", "dpo")):

@@ -159,9 +159,9 @@ class World:
 
     @property
     def decoder(self):
-        "What each concept writes into each model [C, 2, d_model], residual units."
+        "What each concept writes into each model [C, 2, d_model] float32, residual units."
         strength = self.truth[["strength_A", "strength_B"]].to_numpy()
-        return (strength*self.sigma)[..., None]*self.u
+        return torch.from_numpy((strength*self.sigma)[..., None]*self.u).float()
 
     def __call__(self, n, seed=0): # -> [n, 2, d_model], residual units
         "Independent tokens: each is a document of its own."
