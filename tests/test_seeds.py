@@ -15,7 +15,7 @@ from llmdiff.core import save_latents, UserError
 from llmdiff.crosscoder import Crosscoder
 from llmdiff.engine.store import moments, write_tensors
 from llmdiff.scaling import accumulate, scaling_table
-from llmdiff.training import train_pair
+from llmdiff.training import PairOptions, train_pair
 from llmdiff.verdicts import judge
 from llmdiff.worlds.synthetic import known_crosscoder, KNOWN_VERDICTS, KnownStore
 
@@ -340,7 +340,7 @@ def small_store(folder, n=6000, d=24, docs=60, names=("pt", "it")):
 
 def run_with(tmp_path, pair=("pt", "it"), **settings):
     store = small_store(tmp_path/"store")
-    train_pair(store, list(pair), tmp_path/"crosscoder"/"-".join(pair), **{**SETTINGS, **settings})
+    train_pair(store, list(pair), tmp_path/"crosscoder"/"-".join(pair), PairOptions(**{**SETTINGS, **settings}))
     return store
 
 
