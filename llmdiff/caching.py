@@ -24,7 +24,7 @@ from .engine.store import FORMAT, shard_rows, Store
 from .engine.progress import (
     disk_needed, has_parts, join, join_parts, Progress, ProgressLine, resume, write_part)
 
-# %% ../nbs/05_caching.ipynb #c007
+# %% ../nbs/05_caching.ipynb #c008
 def tap(model): # a transformers causal LM
     "nnsight's view of the model, and of its list of decoder layers, wherever the architecture keeps it."
     layers = layers_of(model)
@@ -48,7 +48,7 @@ def residual(net,    # nnsight's view of a causal LM
             tracer.stop()
     return h
 
-# %% ../nbs/05_caching.ipynb #c011
+# %% ../nbs/05_caching.ipynb #c012
 def buckets(lengths,      # tokens of each document
             batch_tokens  # padded tokens of one batch
            )->list:       # arrays of document positions
@@ -70,7 +70,7 @@ def pad(ids): # list of lists of token ids
     mask = torch.tensor([[1]*len(x) + [0]*(n - len(x)) for x in ids])
     return padded, mask
 
-# %% ../nbs/05_caching.ipynb #c015
+# %% ../nbs/05_caching.ipynb #c016
 def plan_shards(docs,        # the corpus: doc, ids, keep
                 shard_tokens # kept tokens in one shard, about
                )->list:      # (first, end) rows of `docs`
@@ -87,7 +87,7 @@ def plan_shards(docs,        # the corpus: doc, ids, keep
     edges = [0, *cuts.tolist(), len(docs)]
     return list(zip(edges, edges[1:]))
 
-# %% ../nbs/05_caching.ipynb #c018
+# %% ../nbs/05_caching.ipynb #c019
 def check_finite(h,    # [batch, seq, d_model]
                  mask, # [batch, seq]
                  docs, # the documents of the batch
@@ -128,7 +128,7 @@ def read_part(tapped,       # (nnsight's view, its layers), see `tap`
     acts = torch.cat([a for a in acts if a is not None])
     return dict(acts=acts, norm_first=first, norm_dropped=torch.cat(dropped))
 
-# %% ../nbs/05_caching.ipynb #c022
+# %% ../nbs/05_caching.ipynb #c023
 @dataclass(frozen=True)
 class HarvestOptions:
     "How to read the models, and how to store what they give."
@@ -162,7 +162,7 @@ def store_key(models, # name -> spec
                n_docs=len(docs), dtype=dtype, shard_tokens=o.shard_tokens)
     return key, int(info.d_model[0])
 
-# %% ../nbs/05_caching.ipynb #c025
+# %% ../nbs/05_caching.ipynb #c026
 def release():
     "Free the memory of models that nothing names any more (they hold references in circles)."
     gc.collect()
@@ -192,7 +192,7 @@ def harvest_model(p,            # Progress
     speed = n/(time.perf_counter() - started)
     say(f"{model}: {n:,} tokens in {len(missing)} shard{'s'*(len(missing) > 1)}, {speed:,.0f} tokens/s")
 
-# %% ../nbs/05_caching.ipynb #c026
+# %% ../nbs/05_caching.ipynb #c027
 def read_missing(p,            # Progress
                  batch_tokens, # padded tokens of one forward pass
                  say           # prints a line
@@ -231,7 +231,7 @@ def harvest(models,      # name -> spec
     read_missing(p, options.batch_tokens, say)
     return join(folder) if alone else None
 
-# %% ../nbs/05_caching.ipynb #c035
+# %% ../nbs/05_caching.ipynb #c036
 def norms_by_kind(store,   # a Store
                   max_rows # kept tokens to look at, from the front
                  )->dict:  # kind of token -> [tokens, n_models] float64
@@ -265,7 +265,7 @@ def norm_table(store,           # a Store
                          "share_of_tokens": len(v)/count, "share_of_squares": (v**2).sum()/squares[j]})
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_caching.ipynb #c038
+# %% ../nbs/05_caching.ipynb #c039
 def norm_figure(norms, # `norm_table`
                 layer  # index of the decoder layer, for the label
                ):      # -> matplotlib Figure

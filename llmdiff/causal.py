@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .core import check, pair_name
 from .caching import buckets, pad, residual, tap
 
-# %% ../nbs/12_causal.ipynb #c007
+# %% ../nbs/12_causal.ipynb #c008
 def latent_steps(cc): # a crosscoder of two models
     "What a unit of each latent adds in B and not in A [n_latents, d_model], and the constant [d_model]; residual units."
     (a, b), W, const = cc.scale.tolist(), cc.W_dec.detach(), cc.b_dec.detach()/cc.scale[:, None] + cc.mean
@@ -39,7 +39,7 @@ def shift(codes,  # see `codes_of`
     on = chosen[latent]
     return torch.zeros(n, steps.shape[1]).index_add_(0, row[on], value[on, None]*steps[latent[on]])
 
-# %% ../nbs/12_causal.ipynb #c010
+# %% ../nbs/12_causal.ipynb #c011
 TUPLES = {} # class of decoder layer -> does it return a tuple?
 
 def stand_in(net, block, h): # nnsight's view; a decoder layer; [variants, seq, d_model]
@@ -71,7 +71,7 @@ def before_head(net,    # nnsight's view of a model
             tracer.stop()
     return z
 
-# %% ../nbs/12_causal.ipynb #c012
+# %% ../nbs/12_causal.ipynb #c013
 @torch.inference_mode()
 def logits(model, z, # a causal LM; [n, d_model] from `before_head`
            tokens=slice(None) # part of the vocabulary
@@ -90,7 +90,7 @@ def check_logits(model, tapped, layer, chat): # its `tap`
     off = float((logits(model, before_head(*tapped, layer, ids[0], None)[0]) - own).abs().max())
     check(off < .01*max(1, float(own.abs().max())), f"{type(model).__name__} makes its logits in a way that the causal check does not know: they differ by {off:.2g} from its head's")
 
-# %% ../nbs/12_causal.ipynb #c015
+# %% ../nbs/12_causal.ipynb #c016
 def answer_marker(tokenizer): # with a chat template
     "The token ids with which the template opens an answer."
     check(getattr(tokenizer, "chat_template", True), "the models bring no chat template, so answers cannot be told from questions: save one with the tokenizer (tokenizer.chat_template)")
@@ -112,7 +112,7 @@ def answer_positions(ids,    # token ids of a document
         while j < len(ids) and keep[j]: at.append(j); place.append(j - i - n); j += 1
     return np.array(at, dtype=int), np.array(place, dtype=int)
 
-# %% ../nbs/12_causal.ipynb #c017
+# %% ../nbs/12_causal.ipynb #c018
 def choose_chats(docs,       # the corpus
                  marker,     # see `answer_marker`
                  span,       # (first, end) document numbers to choose from
@@ -140,7 +140,7 @@ def streams(model, layer, chats, batch_tokens=2048): # a causal LM; its layer; f
         for i, h in zip(b, residual(net, layers[layer], ids, mask)): out[i] = h[:len(chats[i]["ids"])].float().cpu()
     return out
 
-# %% ../nbs/12_causal.ipynb #c019
+# %% ../nbs/12_causal.ipynb #c020
 def energies(codes, steps)->np.ndarray: # list of `codes_of`; from `latent_steps`; -> [n_latents], squared residual units
     "The sum over tokens of the squared length of what each latent adds."
     f2 = sum(torch.bincount(latent, value.double()**2, minlength=len(steps)) for _, latent, value in codes)
@@ -171,7 +171,7 @@ def latent_sets(table,    # latents table of the pair, with `verdict` and `alive
     for r in range(n_random if energy is not None else 0): out[f"matched {r+1}"] = matched(unique, pool, energy, near, np.random.default_rng([seed, 4, r]))
     return {n: is_in(js) for n, js in {**out, "shared": named["shared"], "all latents": np.arange(len(t))}.items()}
 
-# %% ../nbs/12_causal.ipynb #c022
+# %% ../nbs/12_causal.ipynb #c023
 def variants(h_A, h_B, keep, # [seq, d_model] each; [seq] bool
              cc, sets,       # crosscoder; from `latent_sets`
              way="patch",    # or "ablate"
@@ -185,7 +185,7 @@ def variants(h_A, h_B, keep, # [seq, d_model] each; [seq] bool
     out = {"none": start, "constant": at_kept(const)} | {n: at_kept(shift(codes, int(k.sum()), steps, s)) for n, s in sets.items()}
     return {**out, "all latents and constant": at_kept(every + const), f"{name} at kept tokens": torch.where(k[:, None], end, start), f"{name} everywhere": end}
 
-# %% ../nbs/12_causal.ipynb #c025
+# %% ../nbs/12_causal.ipynb #c026
 @torch.inference_mode()
 def kl_rows(model, z, # a causal LM; [n, d_model] from `before_head`
             l_B, of,  # [r, vocabulary] logits of the reference; [n] which of them belongs to each row of z
@@ -200,7 +200,7 @@ def kl_rows(model, z, # a causal LM; [n, d_model] from `before_head`
         total, top = total*(top - new).double().exp() + l.sub_(new[:, None]).exp_().sum(-1).double(), new
     return (cross + top + total.log() - sum_B[of]).clamp_min(0)
 
-# %% ../nbs/12_causal.ipynb #c028
+# %% ../nbs/12_causal.ipynb #c029
 def first_change(h, base): # [seq, d_model] each
     "The first position at which two streams differ; past the end if there is none."
     on = (h != base).any(-1)
@@ -229,7 +229,7 @@ def patch_kl(model,       # the model that goes on from the streams
     kl = torch.where(live, kl, kl[:1])
     return pd.DataFrame(dict(doc=chat["doc"], at=np.tile(chat["at"], len(h)), place=np.tile(chat["place"], len(h)), patch=np.repeat(list(streams), len(at)), kl=kl.flatten().numpy()))
 
-# %% ../nbs/12_causal.ipynb #c031
+# %% ../nbs/12_causal.ipynb #c032
 WAYS = {"patch": dict(share="recovered", whole="none", own="h_B everywhere"), "ablate": dict(share="lost", whole="h_A everywhere", own="none")} # rows that are A's stream, and B's own
 GROUPS = {"": lambda place: place >= 0, "first10": lambda place: place < 10, "rest": lambda place: place >= 10} # which answer tokens
 
@@ -254,7 +254,7 @@ def recovered(kl, n_boot=1000, seed=0, way="patch"): # rows of `patch_kl` over a
         out[cols] = pd.concat([share, d.quantile(.025), d.quantile(.975)], axis=1)
     return out.reset_index()
 
-# %% ../nbs/12_causal.ipynb #c034
+# %% ../nbs/12_causal.ipynb #c035
 def against(kl, way="patch", n_boot=1000, seed=0): # as for `recovered`, with sets called "random 1", "matched 1", ...
     "The unique set beside the control sets: rank p-value, and the difference to their mean with a 95 % interval."
     share, d = draws(kl, way, n_boot, seed); rng, out = np.random.default_rng([seed, 5]), []
@@ -267,7 +267,7 @@ def against(kl, way="patch", n_boot=1000, seed=0): # as for `recovered`, with se
                         lo=lo, hi=hi, p=(1 + (share[sets] >= share["unique-B"]).sum())/(1 + len(sets))))
     return pd.DataFrame(out)
 
-# %% ../nbs/12_causal.ipynb #c037
+# %% ../nbs/12_causal.ipynb #c038
 def by_energy(table, energy, n): # latents table; [n_latents]
     "The `n` latents unique to B that move the stream most."
     unique = np.sort(table.latent[table.verdict == "unique-B"].to_numpy(int))
@@ -310,7 +310,7 @@ def causal_pair(pair, model_B, layer, chats, h_A, cc, table, # names; model B; l
     r.attrs["against"] = [dict(pair=name, way=way, latents=size["unique-B"], **x) for x in against(kl, way, seed=seed).to_dict("records")]
     return r.assign(docs=len(chats), tokens=sum(len(c["at"]) for c in chats))
 
-# %% ../nbs/12_causal.ipynb #c038
+# %% ../nbs/12_causal.ipynb #c039
 ORDER = ["none", "constant", "unique-B", "unique-B by point", "unique-A", "matched", "random", "shared", "all latents", "all latents and constant",
          "h_B at kept tokens", "h_B everywhere", "h_A at kept tokens", "h_A everywhere"]
 
@@ -330,7 +330,7 @@ def single_effects(r, n_latents): # from `causal_pair`
     out = s[["recovered", "lo", "hi"]].set_axis(["kl_recovered", "kl_recovered_lo", "kl_recovered_hi"], axis=1).set_index(s.patch.str[7:].astype(int))
     return out.reindex(range(n_latents)).rename_axis("latent").reset_index()
 
-# %% ../nbs/12_causal.ipynb #c039
+# %% ../nbs/12_causal.ipynb #c040
 def set_rows(results): # pair name -> from `causal_pair`
     "The sets that any of the pairs has, in their order."
     longest = max((list(folded(r).patch) for r in results.values()), key=len)

@@ -26,7 +26,7 @@ from .corpus import first_of_text, load_corpus, near, original, pieces, same_tex
 from .crosscoder import read_config
 from .codes import active_codes, Kept, open_pair, pairs_in
 
-# %% ../nbs/13_examples.ipynb #c007
+# %% ../nbs/13_examples.ipynb #c008
 def choose_latents(t,               # latents table of a pair, with latent, verdict and C
                    max_latents=40,  # of each side
                    n_shared=10,     # for comparison
@@ -46,7 +46,7 @@ def choose_latents(t,               # latents table of a pair, with latent, verd
     drawn = np.argsort(mix(seed, shared), kind="stable")[:n_shared]
     return np.concatenate([*unique, np.sort(shared[drawn])]).astype(np.int64)
 
-# %% ../nbs/13_examples.ipynb #c010
+# %% ../nbs/13_examples.ipynb #c011
 @dataclass(frozen=True)
 class ContextOptions:
     "How many contexts of a latent are shown, how long they are, and how they are chosen."
@@ -67,7 +67,7 @@ class ContextOptions:
         check(self.n_top > 0 and min(counts.values()) >= 0,
               f"{said}: none may be negative, and n_top must be 1 or more")
 
-# %% ../nbs/13_examples.ipynb #c011
+# %% ../nbs/13_examples.ipynb #c012
 def silent_candidates(latents, # [L]
                       usable,  # [n], numbers of the documents that may be used
                       n, seed=0)->np.ndarray: # [L, n] document numbers
@@ -83,7 +83,7 @@ def sources_of(docs,      # the corpus
     number = pd.factorize(docs.source, sort=True)[0] if balanced else 0
     return pd.Series(number, docs.doc.to_numpy())
 
-# %% ../nbs/13_examples.ipynb #c014
+# %% ../nbs/13_examples.ipynb #c015
 def collect_contexts(store, cc, pair,
                      latents, # [L]
                      source,  # of `sources_of`, for the documents that may be used
@@ -99,7 +99,7 @@ def collect_contexts(store, cc, pair,
         fired |= pairs_in(lat, silent.ravel(), codes).reshape(silent.shape)
     return {**kept.found(), "fired": fired}
 
-# %% ../nbs/13_examples.ipynb #c016
+# %% ../nbs/13_examples.ipynb #c017
 def windower(docs, # DataFrame with doc, source, ids
              tok,  # tokenizer
              acts, # arrays lat, doc, pos, act: the activations to be shown
@@ -122,7 +122,7 @@ def windower(docs, # DataFrame with doc, source, ids
                 "tokens": tokens, "acts": on_token[lo:hi].tolist(), "text": "".join(tokens)}
     return cut
 
-# %% ../nbs/13_examples.ipynb #c017
+# %% ../nbs/13_examples.ipynb #c018
 def even_quantiles(sample, # CAND of one latent
                    n)->np.ndarray: # CAND, high to low
     "Contexts at n even quantiles of the activation in a sample of documents."
@@ -132,12 +132,12 @@ def even_quantiles(sample, # CAND of one latent
     share = np.linspace(0, 1, n + 2)[1:-1]
     return s[np.rint(share*(len(s) - 1)).astype(int)]
 
-# %% ../nbs/13_examples.ipynb #c020
+# %% ../nbs/13_examples.ipynb #c021
 def by_turns(source): # [n], of candidates, best first -> [n] order
     "An order in which the sources take turns."
     return np.argsort(pd.Series(source).groupby(source).cumcount().to_numpy(), kind="stable")
 
-# %% ../nbs/13_examples.ipynb #c021
+# %% ../nbs/13_examples.ipynb #c022
 def plain_text(text)->str:
     "A text without case and white space."
     return same_text([text])[0]
@@ -150,7 +150,7 @@ def sameness(docs, distinct): # -> doc -> set of documents; text -> key; (key, k
     parts = origin.groupby(origin).groups
     return (lambda doc: set(parts[origin[doc]])), shingles, near
 
-# %% ../nbs/13_examples.ipynb #c022
+# %% ../nbs/13_examples.ipynb #c023
 class NewTexts:
     "The documents and texts of one latent that have been shown: none is shown twice."
     def __init__(self, cut, # (doc, pos, act) -> context
@@ -183,7 +183,7 @@ class NewTexts:
             out.append(context)
         return out
 
-# %% ../nbs/13_examples.ipynb #c025
+# %% ../nbs/13_examples.ipynb #c026
 def of_latent(cands, l): # CAND; index of the latent
     "The candidates of one latent."
     return cands[cands["lat"] == l]
@@ -220,7 +220,7 @@ def kind_rows(latent, kind, contexts)->list: # of dicts
     contexts = sorted(contexts, key=lambda c: -c["act"])
     return [{"latent": latent, "kind": kind, "rank": i, **c} for i, c in enumerate(contexts)]
 
-# %% ../nbs/13_examples.ipynb #c026
+# %% ../nbs/13_examples.ipynb #c027
 def build_contexts(found,   # of `collect_contexts`
                    latents, # [L]
                    silent,  # [L, n] candidates
@@ -246,7 +246,7 @@ def build_contexts(found,   # of `collect_contexts`
         out += kind_rows(latent, "zero", zero)
     return out
 
-# %% ../nbs/13_examples.ipynb #c028
+# %% ../nbs/13_examples.ipynb #c029
 def parts_at(cc,  # Crosscoder
              x,   # [n, n_models, d_model] normalised
              row, # [nnz] row of x
@@ -257,7 +257,7 @@ def parts_at(cc,  # Crosscoder
     parts = torch.einsum("nmd,jmd->njm", x, cc.W_enc[few.to(x.device)])
     return parts[torch.as_tensor(row), j]
 
-# %% ../nbs/13_examples.ipynb #c029
+# %% ../nbs/13_examples.ipynb #c030
 def active_tokens(rows, # of `build_contexts`
                   left)->pd.DataFrame: # doc, pos, latent, row, token (its place in the window)
     "The tokens of the contexts where the latent is active."
@@ -282,7 +282,7 @@ def model_parts(rows, # of `build_contexts`
             out[i][:, t] = c
     return out
 
-# %% ../nbs/13_examples.ipynb #c030
+# %% ../nbs/13_examples.ipynb #c031
 # the columns of the examples table; parts: [n_models, tokens], see `model_parts`
 FIELDS = pa.schema([
     ("latent", pa.int64()), ("kind", pa.string()), ("rank", pa.int64()),
@@ -290,7 +290,7 @@ FIELDS = pa.schema([
     ("tokens", pa.list_(pa.string())), ("acts", pa.list_(pa.float32())), ("text", pa.string()),
     ("parts", pa.list_(pa.list_(pa.float32())))])
 
-# %% ../nbs/13_examples.ipynb #c031
+# %% ../nbs/13_examples.ipynb #c032
 def top_contexts(store, cc, pair, docs, tok,
                  latents, # [L] latent ids
                  options=ContextOptions())->pd.DataFrame: # see FIELDS
@@ -306,7 +306,7 @@ def top_contexts(store, cc, pair, docs, tok,
             r["parts"] = parts.tolist()
     return pa.Table.from_pylist(rows, FIELDS).to_pandas()
 
-# %% ../nbs/13_examples.ipynb #c038
+# %% ../nbs/13_examples.ipynb #c039
 def load_examples(pair, run): # name of the pair, the `run` parameter
     "The examples table of a pair."
     return pd.read_parquet(need(path(run)/"examples"/f"{pair}.parquet", "examples"))
@@ -343,7 +343,7 @@ def pair_examples(run, pair, docs, tok,
         pq.write_table(pa.Table.from_pandas(e, FIELDS, preserve_index=False), f)
     return e
 
-# %% ../nbs/13_examples.ipynb #c040
+# %% ../nbs/13_examples.ipynb #c041
 def examples_row(name, # of the pair
                  e,    # its examples table
                  verdict # latent -> verdict
@@ -371,7 +371,7 @@ def parts_by_verdict(name, e, verdict)->pd.DataFrame: # as for `examples_row`
     how = {"from_A": "mean", "from_B": "mean", "bias": "mean", "latents": "sum"}
     return t.groupby(["pair", "verdict"], as_index=False).agg(how)
 
-# %% ../nbs/13_examples.ipynb #c041
+# %% ../nbs/13_examples.ipynb #c042
 def examples_words(r,  # a row of the table `examples`, as a dict
                    of  # latents of the pair
                   )->str:

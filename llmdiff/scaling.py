@@ -21,7 +21,7 @@ from .core import check, mix, pair_name, save_latents
 from .crosscoder import bag, pair_dots, pointers, relative_norm
 from .codes import encode_tile, open_pair, tiles
 
-# %% ../nbs/09_scaling.ipynb #c009
+# %% ../nbs/09_scaling.ipynb #c010
 def gram(W_dec # Tensor [D, M, d], decoder rows
         )->np.ndarray: # [D, M, M] float64
     "Inner products of a latent's decoder rows, for every pair of models."
@@ -39,7 +39,7 @@ def decoder_table(W_dec # Tensor [D, 2, d]
     return pd.DataFrame({"latent": np.arange(len(a)), "norm_A": a, "norm_B": b,
                          "delta_norm": relative_norm(a, b), "cos": cos.clip(-1, 1)})
 
-# %% ../nbs/09_scaling.ipynb #c014
+# %% ../nbs/09_scaling.ipynb #c015
 def beta_direct(x,     # Tensor [n, M, d], normalised activations
                 xhat,  # Tensor [n, M, d], reconstructions
                 f,     # Tensor [n, D], codes
@@ -58,7 +58,7 @@ def beta_direct(x,     # Tensor [n, M, d], normalised activations
     a = code*W_dec[j, p]
     return float((Y*a).sum()/(a*a).sum())
 
-# %% ../nbs/09_scaling.ipynb #c018
+# %% ../nbs/09_scaling.ipynb #c019
 N_NULL = 16      # random directions
 N_UNEQUAL = 512  # latents whose partners are looked for, at most
 
@@ -83,7 +83,7 @@ class Sums:
         values = {k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in vars(self).items()}
         return Sums(**values)
 
-# %% ../nbs/09_scaling.ipynb #c020
+# %% ../nbs/09_scaling.ipynb #c021
 def unequal(W_dec, cut=0.1)->torch.Tensor: # latent numbers, ascending
     "The most unequal latents that pass the published cut; none unless there are two models."
     if W_dec.shape[1] != 2:
@@ -114,7 +114,7 @@ def new_sums(W_dec,          # Tensor [D, M, d]
                 unequal=at, together=zeros(len(at), D),
                 n_blocks=n_blocks, held_from=held_from, seed=seed)
 
-# %% ../nbs/09_scaling.ipynb #c022
+# %% ../nbs/09_scaling.ipynb #c023
 def add_fits(S,       # Sums, changed in place
              targets, # errors e_m of every model, then reconstructions xhat_m: 2M Tensors [n, d]
              codes,   # (row, latent, value), each [nnz], sorted by row
@@ -132,7 +132,7 @@ def add_fits(S,       # Sums, changed in place
             terms.append(f*pair_dots(Y, d, row, latent, ptr).double())
     S.by_block.view(-1, width).index_add_(0, block[row]*D + latent, torch.stack(terms, 1))
 
-# %% ../nbs/09_scaling.ipynb #c024
+# %% ../nbs/09_scaling.ipynb #c025
 def block_of(doc, # int array [n], document of each row
              S    # Sums
             )->np.ndarray: # [n]
@@ -156,7 +156,7 @@ def add_counts(S, codes, doc): # Sums; (row, latent, value); int array [n], asce
     pairs = torch.unique(torch.from_numpy(nth).to(row.device)[row]*D + latent)
     S.n_docs += torch.bincount(pairs % D, minlength=D)
 
-# %% ../nbs/09_scaling.ipynb #c025
+# %% ../nbs/09_scaling.ipynb #c026
 def add_null(S, targets, codes): # as for `add_fits`
     "Add the fits to the random directions."
     row, latent, value = codes
@@ -182,7 +182,7 @@ def add_together(S, row, latent, value):
     product = torch.repeat_interleave(value[mine], n).double()*value[partner].double()
     S.together.view(-1).index_add_(0, pair, product)
 
-# %% ../nbs/09_scaling.ipynb #c026
+# %% ../nbs/09_scaling.ipynb #c027
 def add_tile(S,      # Sums, changed in place
              x,      # Tensor [n, M, d], normalised activations of whole documents
              xhat,   # Tensor [n, M, d], their reconstructions
@@ -197,7 +197,7 @@ def add_tile(S,      # Sums, changed in place
     add_null(S, targets, codes)
     add_together(S, *codes)
 
-# %% ../nbs/09_scaling.ipynb #c030
+# %% ../nbs/09_scaling.ipynb #c031
 PROBES = (("B", 1), ("A", 0))   # name of the probe's model and its number
 
 def fits(sums, # [..., D, 1 + 2M^2], sums over any set of documents
@@ -227,7 +227,7 @@ def nus(sums, g)->dict: # nu_eps_B, nu_r_B, nu_eps_A, nu_r_A, each [..., D]
     "The ratios $\\nu$ for both probes: the other model's beta over the probe's own."
     return {name: ratio(*q) for name, q in quotients(sums, g).items()}
 
-# %% ../nbs/09_scaling.ipynb #c031
+# %% ../nbs/09_scaling.ipynb #c032
 def betas(sums, g)->dict: # beta_eps_A_pA, beta_eps_B_pA, beta_eps_A_pB, ..., each [D]
     "The coefficients, 0 for a dead latent; `_A_pB`: target of model A, B's row as the probe."
     y, out = fits(sums, g), {}
@@ -238,7 +238,7 @@ def betas(sums, g)->dict: # beta_eps_A_pA, beta_eps_B_pA, beta_eps_A_pB, ..., ea
                 out[f"beta_{target}_{M}_p{P}"] = ratio(y[target][..., m, p], norm2, 0.)
     return out
 
-# %% ../nbs/09_scaling.ipynb #c035
+# %% ../nbs/09_scaling.ipynb #c036
 def degrees_of_freedom(a, b, v): # numerators and denominators [blocks, D], ratio [D] -> [D]
     "How many blocks carry a ratio, less one; at least 1."
     e2 = (a - v*b)**2
@@ -258,7 +258,7 @@ def interval(whole,      # numerator, denominator [D], of all blocks together
     with np.errstate(invalid="ignore"):
         return np.where(known, v - wider*(v - lo), lo), np.where(known, v + wider*(hi - v), hi)
 
-# %% ../nbs/09_scaling.ipynb #c036
+# %% ../nbs/09_scaling.ipynb #c037
 def intervals(by_block, # [blocks, D, K]
               parts,    # function (sums [..., D', K], slice of latents) -> name -> numerator, denominator
               n_boot=500, seed=0, level=0.95)->dict: # name_lo, name_hi, each [D]
@@ -277,7 +277,7 @@ def intervals(by_block, # [blocks, D, K]
             out[f"{name}_hi"].append(hi)
     return {name: np.concatenate(pieces) for name, pieces in out.items()}
 
-# %% ../nbs/09_scaling.ipynb #c039
+# %% ../nbs/09_scaling.ipynb #c040
 def nulls(null,       # [D, 2*M*R], sums of f<e_m, u>, then of f<xhat_m, u>
           directions, # [d, R], of length 1
           W_dec,      # Tensor [D, 2, d]
@@ -296,7 +296,7 @@ def nulls(null,       # [D, 2*M*R], sums of f<e_m, u>, then of f<xhat_m, u>
             out[f"null_{target}_{P}"] = np.quantile(chance, .95, axis=1, method="nearest")
     return out
 
-# %% ../nbs/09_scaling.ipynb #c042
+# %% ../nbs/09_scaling.ipynb #c043
 def largest(share, # [D], what each latent adds
             least, n)->str:
     "The `n` latents that add most, if they add at least `least`: \"5:0.98 17:0.11\"."
@@ -321,7 +321,7 @@ def partners(together, # [n, D], products of codes of the latents `at` with all
         out[int(j)] = largest(share, least, n)
     return pd.Series(out, dtype=object)
 
-# %% ../nbs/09_scaling.ipynb #c045
+# %% ../nbs/09_scaling.ipynb #c046
 def held_blocks(n_blocks, held): # blocks of documents seen in training, share of held-out documents
     "How many blocks the held-out documents get, so that all blocks have about the same size."
     return max(2, round(n_blocks*held/(1-held)))
@@ -346,7 +346,7 @@ def accumulate(store, cc,
                       "run step caching again")
     return S.numpy()
 
-# %% ../nbs/09_scaling.ipynb #c046
+# %% ../nbs/09_scaling.ipynb #c047
 def basics(S # Sums, as arrays
           )->dict: # count, n_docs, freq, max_act, C
     "How active each latent is."
@@ -368,7 +368,7 @@ def scaling_table(S,     # Sums, as arrays
     named = partners(S.together, S.unequal, W_dec, total)
     return t.assign(partners=named.reindex(t.latent).fillna("").to_numpy())
 
-# %% ../nbs/09_scaling.ipynb #c049
+# %% ../nbs/09_scaling.ipynb #c050
 def scale_pair(run, pair, seed=0, n_blocks=40, n_boot=500, held=0.1): # -> scaling table, number of tokens
     "Measure all latents of a pair, and write the base of its latents table."
     store, cc = open_pair(run, pair)

@@ -19,7 +19,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep, proportion_
 from .core import check, digest, latents, pair_name, run_dir
 from .engine.show import gt_html
 
-# %% ../nbs/16_tables.ipynb #c007
+# %% ../nbs/16_tables.ipynb #c008
 def share_ci(k, n): # count, of how many
     "Share and Wilson 95 % interval, in percent."
     if n == 0: return np.nan, np.nan, np.nan
@@ -38,7 +38,7 @@ def share_row(a, n_a, # count and total of A
     return dict(count_A=a, n_A=n_a, share_A=sa, low_A=la, high_A=ha, count_B=b, n_B=n_b, share_B=sb, low_B=lb, high_B=hb,
                 diff=sb - sa, diff_low=100*lo, diff_high=100*hi, change=change, p=p)
 
-# %% ../nbs/16_tables.ipynb #c012
+# %% ../nbs/16_tables.ipynb #c013
 UNASSIGNED = "(unassigned)"
 
 def _ordered(t): # rows with a p each, the unassigned last
@@ -74,7 +74,7 @@ def _named(t, taxonomy): # a table whose rows are codes
     t.insert(1, "category", t.code.map(names.category).fillna("")); t.insert(2, "class", t.code.map(names["class"]).fillna(""))
     return t
 
-# %% ../nbs/16_tables.ipynb #c016
+# %% ../nbs/16_tables.ipynb #c017
 def permutation_test(a, b,    # counts by row, assigned latents only
                      n=10000, # permutations R
                      seed=0)->tuple: # X^2, p
@@ -89,7 +89,7 @@ def permutation_test(a, b,    # counts by row, assigned latents only
     dealt = np.random.default_rng(seed).multivariate_hypergeometric(both, int(a.sum()), size=n)
     return float(x2(a)), float((1 + (x2(dealt) >= x2(a) - 1e-9).sum())/(1 + n))
 
-# %% ../nbs/16_tables.ipynb #c019
+# %% ../nbs/16_tables.ipynb #c020
 WEIGHTS = {"freq": "activation frequency", "kl_recovered": "causal effect"}
 
 def _shares(w, Z): # [..., latents] weights, [latents, rows] 1 where in the row -> [..., rows] percent, NaN where nothing weighs
@@ -137,7 +137,7 @@ def weighted_table(A, B,     # annotated unique latents of each model
     some = [z[:, -1] == 0 for z in Z]; p = _difference([x[k] for x, k in zip(w, some)], [z[k, :-1] for z, k in zip(Z, some)], n, g[3])[1]
     return (t.rename(columns={"row": "class"}) if by == "class" else _named(t, taxonomy)).assign(p_table=p, weight=weight)
 
-# %% ../nbs/16_tables.ipynb #c024
+# %% ../nbs/16_tables.ipynb #c025
 def rejects(n_a, n_b, level=0.05)->np.ndarray: # [n_a+1, n_b+1] bool
     "Which pairs of counts Fisher's exact test calls different."
     out = np.zeros((n_a + 1, n_b + 1), bool)
@@ -177,7 +177,7 @@ def power_table(t,  # from `class_table`, `category_table` or `published_classes
         rows.append({name: r[name], "n_A": n_a, "n_B": n_b, "share_A": 100*a, "share_B": 100*b, "power": exact_power(a, b, n_a, n_b, level, R), "seen_above": 100*up, "seen_below": 100*down, "latents_needed": latents_needed(a, b, power, level)})
     return pd.DataFrame(rows)
 
-# %% ../nbs/16_tables.ipynb #c027
+# %% ../nbs/16_tables.ipynb #c028
 def weighing(t, a, b)->str: # from `weighted_table`; names of the models
     "Which latents carry a weighted table, in words; nothing for a table of counts."
     if "weight" not in t: return ""
@@ -206,7 +206,7 @@ def table_finding(t,            # from `class_table`, `category_table` or `weigh
     head += f"; permutation p of the whole table {p_table:.2g}." if p_table == p_table else "; no latent of one side is assigned."
     return f"{weighing(t, a, b)} {head}".strip() + (f" Unassigned: {rest.count_A} of {n_a} and {rest.count_B} of {n_b}." if rest.count_A + rest.count_B else "")
 
-# %% ../nbs/16_tables.ipynb #c030
+# %% ../nbs/16_tables.ipynb #c031
 def _table_number(x, f): return "–" if x != x else "new" if np.isinf(x) else f.format(x)
 def _with(x, lo, hi, f): # a value and its interval
     return _table_number(x, f) + (f" [{lo:+.1f}, {hi:+.1f}]" if "+" in f else f" [{lo:.1f}, {hi:.1f}]")*(lo == lo)
@@ -238,7 +238,7 @@ def show_table(t, a, b, caption=""): # -> what a notebook draws
     from IPython.display import HTML
     return HTML(gt_html(gt_table(t, a, b, caption)))
 
-# %% ../nbs/16_tables.ipynb #c033
+# %% ../nbs/16_tables.ipynb #c034
 def _panel(ax, t, rows, a, b): # one table's rows
     d, y = t.set_index(t.columns[0]).loc[rows], np.arange(len(rows))
     if d["diff"].isna().all():
@@ -271,7 +271,7 @@ def bars(t,        # from `class_table`, `category_table` or `weighted_table`; o
     plt.close(fig)                                   # shown once, where it is returned
     return fig
 
-# %% ../nbs/16_tables.ipynb #c036
+# %% ../nbs/16_tables.ipynb #c037
 def unique_set(pair, # [A, B]
                side, # "A" or "B"
                run,  # the `run` parameter

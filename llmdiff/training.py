@@ -27,7 +27,7 @@ from .crosscoder import (
     aux_grads, calibrate, Crosscoder, decode, encode, load, read_config, save, scan_dtype,
     select, set_normalisation, sparse_grads)
 
-# %% ../nbs/07_training.ipynb #c008
+# %% ../nbs/07_training.ipynb #c009
 @dataclass(kw_only=True)
 class Options:
     "How a crosscoder is trained."
@@ -59,7 +59,7 @@ def new_state(cc): # Crosscoder
     since = torch.zeros(cc.n_latents, dtype=torch.long, device=cc.b_enc.device)
     return State(since=since)
 
-# %% ../nbs/07_training.ipynb #c010
+# %% ../nbs/07_training.ipynb #c011
 def schedule(step,       # 0, 1, ..., n_steps-1
              n_steps,
              warmup=.05, # share of the steps
@@ -69,7 +69,7 @@ def schedule(step,       # 0, 1, ..., n_steps-1
     down = (n_steps-step)/max(1, decay*n_steps)
     return min(1., up, down)
 
-# %% ../nbs/07_training.ipynb #c013
+# %% ../nbs/07_training.ipynb #c014
 def k_at(step,         # 0, 1, ..., n_steps-1
          n_steps, k,   # active latents a token in the end
          k_start=None, # active latents a token in the first step
@@ -79,7 +79,7 @@ def k_at(step,         # 0, 1, ..., n_steps-1
     left = max(0., 1 - step/(share*n_steps))
     return k + round((k_start-k)*left)
 
-# %% ../nbs/07_training.ipynb #c016
+# %% ../nbs/07_training.ipynb #c017
 def dead_latents(since,       # [n_latents] tokens since a latent was last active
                  dead_after,  # tokens
                  at_most):    # how many to return
@@ -95,7 +95,7 @@ def help_dead(cc, x, e, state, options): # x and its residual e [batch, n_models
     if len(dead) == 0: return x.new_zeros(())
     return aux_grads(cc, x, e, dead, options.k_aux, options.aux_weight)
 
-# %% ../nbs/07_training.ipynb #c019
+# %% ../nbs/07_training.ipynb #c020
 def train_step(cc, opt,
                x,              # [batch, n_models, d_model], normalised
                state, options, # the state is changed in place
@@ -120,7 +120,7 @@ def step_sums(x, e, n_active, aux): # residual; number of codes; mean over token
     error, power = e.pow(2).sum((0, 2)), x.pow(2).sum((0, 2))
     return torch.cat([error, power, n_active.double().view(1), (aux*len(x)).view(1)])
 
-# %% ../nbs/07_training.ipynb #c022
+# %% ../nbs/07_training.ipynb #c023
 def log_columns(cc): # -> list of column names
     fve = [f"fve_{m}" for m in cc.names]
     return ["step", "tokens", "loss", "aux", *fve, "l0", "dead", "threshold", "lr"]
@@ -147,7 +147,7 @@ class LogSums:
         return [state.step, state.tokens, loss, aux/n, *fve, active/n, dead,
                 state.threshold, state.lr]
 
-# %% ../nbs/07_training.ipynb #c024
+# %% ../nbs/07_training.ipynb #c025
 def stop_if_diverged(cc, row,  # of the log
                      kept=""): # what is on disk, in words
     "Raise an error if the loss diverged."
@@ -159,7 +159,7 @@ def stop_if_diverged(cc, row,  # of the log
                 f"(loss {r['loss']:.3g}, where predicting the mean costs {mean:.0f}): "
                 f"lower lr and run again{kept}")
 
-# %% ../nbs/07_training.ipynb #c027
+# %% ../nbs/07_training.ipynb #c028
 @dataclass
 class Kit:
     "A step, and checkpoints in a file."
@@ -184,7 +184,7 @@ class Kit:
         self.saved_at = time.monotonic()
         self.kept = f"the state at step {state.step} is kept in {Path(self.file).name}"
 
-# %% ../nbs/07_training.ipynb #c029
+# %% ../nbs/07_training.ipynb #c030
 def memory_advice(cc, batch, # tokens a step
                   total):    # bytes of the device
     "What to change when a GPU's memory ran out."
@@ -218,7 +218,7 @@ def check_annealing(cc, n_steps, k_start):
           "choose 1 <= k_start <= n_latents")
     assert k_at(n_steps-1, n_steps, cc.k, k_start) == cc.k
 
-# %% ../nbs/07_training.ipynb #c031
+# %% ../nbs/07_training.ipynb #c032
 def train(stream,   # first batch wanted -> iterator of [batch, n_models, d_model]
           cc,       # Crosscoder with its normalisation set; trained in place
           n_steps,  # batches to take
@@ -252,13 +252,13 @@ def train(stream,   # first batch wanted -> iterator of [batch, n_models, d_mode
           "make the store larger or train_tokens smaller")
     return pd.DataFrame(state.log, columns=log_columns(cc)).astype({"step": int, "tokens": int})
 
-# %% ../nbs/07_training.ipynb #c037
+# %% ../nbs/07_training.ipynb #c038
 def chunks(store, pair, docs, n=8192): # -> iterator of acts [<=n, 2, d_model], residual units
     "Rows of a range of documents in order."
     for r in store.rows(pair, docs=docs):
         yield from r["acts"].split(n)
 
-# %% ../nbs/07_training.ipynb #c038
+# %% ../nbs/07_training.ipynb #c039
 @torch.no_grad()
 def evaluate(cc,   # trained and calibrated
              acts, # iterator of [n, n_models, d_model], residual units
@@ -283,7 +283,7 @@ def evaluate(cc,   # trained and calibrated
     return dict(fve=fve.tolist(), fve_dim=fve_dim.tolist(), l0=n_active/n_tokens,
                 silent=1 - float(seen.double().mean()), tokens=n_tokens)
 
-# %% ../nbs/07_training.ipynb #c041
+# %% ../nbs/07_training.ipynb #c042
 def check_training(n_store,  # tokens of the training documents
                    n_latents, k, batch, train_tokens):
     "Refuse settings that cannot work, before anything runs."
@@ -295,7 +295,7 @@ def check_training(n_store,  # tokens of the training documents
     check(0 < batch <= n,
           f"batch = {batch:,} is larger than the {n:,} tokens to train on: lower batch")
 
-# %% ../nbs/07_training.ipynb #c043
+# %% ../nbs/07_training.ipynb #c044
 @dataclass(kw_only=True)
 class PairOptions(Options):
     "How the crosscoder of a pair is made: its size, its tokens, and how it is trained."
@@ -327,7 +327,7 @@ def untrained(store, pair, options, device): # -> Crosscoder
     cc = Crosscoder(store.d_model, options.n_latents, options.k, pair, options.score, options.seed)
     return set_normalisation(cc, store.mean[at], store.var[at]).to(device)
 
-# %% ../nbs/07_training.ipynb #c044
+# %% ../nbs/07_training.ipynb #c045
 def load_finished(folder, key, device): # -> Crosscoder, log, results; None: nothing of this key
     "A crosscoder that was trained before."
     info = read_config(folder).get("info", {})
@@ -350,7 +350,7 @@ def calibrate_and_evaluate(store, cc, held, select): # held: (first, end) docume
     calibrate(cc, (cc.normalise(x) for x in acts), scan_dtype(select, cc.b_enc.device))
     return evaluate(cc, chunks(store, cc.names, (mid, end)), select) | dict(theta=float(cc.theta))
 
-# %% ../nbs/07_training.ipynb #c045
+# %% ../nbs/07_training.ipynb #c046
 def train_pair(store,    # Store, or the stream of `live`
                pair,     # [A, B], reference first
                folder,   # where model.safetensors, config.json and log.parquet go
@@ -381,7 +381,7 @@ def train_pair(store,    # Store, or the stream of `live`
     kit.file.unlink(missing_ok=True)
     return cc, log, results
 
-# %% ../nbs/07_training.ipynb #c047
+# %% ../nbs/07_training.ipynb #c048
 def training_table(done)->pd.DataFrame: # pair name -> (Crosscoder, log, results)
     "One row a pair."
     t = pd.DataFrame([results for _, _, results in done.values()])

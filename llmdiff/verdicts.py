@@ -21,7 +21,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from .core import latents, pair_name, save_latents
 
-# %% ../nbs/10_verdicts.ipynb #c007
+# %% ../nbs/10_verdicts.ipynb #c008
 @dataclass(frozen=True)
 class Cuts:
     "Where the lines are drawn."
@@ -36,7 +36,7 @@ class Cuts:
 
 RATIOS = ("nu_eps_A", "nu_r_A", "nu_eps_B", "nu_r_B")
 
-# %% ../nbs/10_verdicts.ipynb #c009
+# %% ../nbs/10_verdicts.ipynb #c010
 class Low(NamedTuple):
     "Is a ratio low? Three answers, each [D] bool."
     point: np.ndarray    # by its estimate
@@ -47,7 +47,7 @@ def is_low(v, lo, hi, cut)->Low: # estimate and interval of a ratio, each [D]
     "Whether a ratio lies inside its cut, on either side of zero."
     return Low(np.abs(v) < cut, (lo > -cut) & (hi < cut), (lo < cut) & (hi > -cut))
 
-# %% ../nbs/10_verdicts.ipynb #c010
+# %% ../nbs/10_verdicts.ipynb #c011
 def low_ratios(t, cuts=Cuts())->dict: # scaling table -> name of a ratio -> Low
     "Which ratios are low; without columns of intervals the estimate is all there is."
     out = {}
@@ -67,7 +67,7 @@ def flags(t, cuts=Cuts())->pd.DataFrame: # alive, low_A, low_B, delta_A, delta_B
     k["equal"] = k.alive & ((t.delta_norm - 0.5).abs() < cuts.shared_band)
     return k
 
-# %% ../nbs/10_verdicts.ipynb #c014
+# %% ../nbs/10_verdicts.ipynb #c015
 def rule(t,   # scaling table
          k,   # its `flags`
          low  # name of a ratio -> [D] bool
@@ -90,7 +90,7 @@ def rule(t,   # scaling table
         "shared": k.equal}
     return np.select(list(rules.values()), list(rules), "other")
 
-# %% ../nbs/10_verdicts.ipynb #c016
+# %% ../nbs/10_verdicts.ipynb #c017
 def verdicts(t, # scaling table
              cuts=Cuts())->tuple: # [D] of str, twice
     "The verdict on each latent, and the one by its estimates alone."
@@ -105,7 +105,7 @@ def verdicts(t, # scaling table
     agreed = (cases == cases[0]).all(0) | np.isin(cases, ["shrunk", "decoupled"]).all(0)
     return np.where(agreed, point, "undecided"), point
 
-# %% ../nbs/10_verdicts.ipynb #c020
+# %% ../nbs/10_verdicts.ipynb #c021
 def ratio_word(r, name)->str: # a row of the scaling table; e.g. "nu_eps_B"
     "A ratio with its interval."
     if np.isinf(r[name]): return "undefined"
@@ -129,7 +129,7 @@ def side_of(r)->str: # a row of the scaling table with its verdicts -> "A" or "B
     if verdict in ("unique-A", "unique-B"): return verdict[-1]
     return "A" if r["delta_norm"] < 0.5 else "B"
 
-# %% ../nbs/10_verdicts.ipynb #c021
+# %% ../nbs/10_verdicts.ipynb #c022
 def reason(r,     # a row of the scaling table as a dict, with its verdicts
            names, # [A, B]
            cuts=Cuts())->str:
@@ -165,7 +165,7 @@ def judge(t, names, cuts=Cuts())->pd.DataFrame: # t with `alive`, `verdict`, `ve
     t = t.assign(alive=flags(t, cuts).alive, verdict=verdict, verdict_point=point)
     return t.assign(reason=[reason(r, names, cuts) for r in t.to_dict("records")])
 
-# %% ../nbs/10_verdicts.ipynb #c024
+# %% ../nbs/10_verdicts.ipynb #c025
 VERDICTS = ("unique-B", "unique-A", "shared", "shrunk", "decoupled", "rotated", "other",
             "undecided")
 
@@ -193,7 +193,7 @@ def unique_counts(t, k, P, cuts)->dict: # judged table, its `flags`, "A" or "B"
     if f"nu_eps_{P}_held" in t: out[f"held_{P}"] = int((unique & held_low(t, P, cuts)).sum())
     return out
 
-# %% ../nbs/10_verdicts.ipynb #c025
+# %% ../nbs/10_verdicts.ipynb #c026
 def count_row(t,     # judged table of a pair
               names, # [A, B]
               cuts=Cuts())->dict:
@@ -205,7 +205,7 @@ def count_row(t,     # judged table of a pair
     return (row | rule_counts(t, k, "B") | rule_counts(t, k, "A") | n
             | unique_counts(t, k, "B", cuts) | unique_counts(t, k, "A", cuts))
 
-# %% ../nbs/10_verdicts.ipynb #c029
+# %% ../nbs/10_verdicts.ipynb #c030
 PURPLE = "#7b2d8b"
 GREY = "0.55"
 CLIP = (-0.5, 1.5)   # range of the plane
@@ -239,7 +239,7 @@ def delta_figure(t, names, n_tokens, delta_cut=Cuts.delta_cut):
     plt.close(fig)
     return fig
 
-# %% ../nbs/10_verdicts.ipynb #c032
+# %% ../nbs/10_verdicts.ipynb #c033
 def with_margins(fig, cell): # a cell of a figure's grid -> axes: the plane, above it, at its right
     "A square panel with a histogram on two sides."
     g = cell.subgridspec(2, 2, width_ratios=(5, 1), height_ratios=(1, 5), wspace=0.05, hspace=0.05)
@@ -273,7 +273,7 @@ def plane_panel(fig, cell, t, names, n_tokens, cuts=Cuts()):
     title = f"{pair_name(names)}: {len(alive):,} latents, {n_tokens:,} tokens"
     top.set_title(title, fontsize="small")
 
-# %% ../nbs/10_verdicts.ipynb #c033
+# %% ../nbs/10_verdicts.ipynb #c034
 def plane_figure(t, names, n_tokens, cuts=Cuts()):
     "Figure 1b or c on its own."
     fig = plt.figure(figsize=(4.6, 4.2))
@@ -295,7 +295,7 @@ def figure_1(parts, # three (table, [A, B], n_tokens): direct pair, then the two
     plt.close(fig)
     return fig
 
-# %% ../nbs/10_verdicts.ipynb #c036
+# %% ../nbs/10_verdicts.ipynb #c037
 def counts_by_cut(t, side, nu_eps_cuts, nu_r_cuts)->pd.DataFrame: # nu_eps_cut, nu_r_cut, surely, point, possibly
     "How many judged latents are low for a probe, for pairs of cuts."
     rows = []
@@ -308,7 +308,7 @@ def counts_by_cut(t, side, nu_eps_cuts, nu_r_cuts)->pd.DataFrame: # nu_eps_cut, 
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/10_verdicts.ipynb #c038
+# %% ../nbs/10_verdicts.ipynb #c039
 def cut_panel(ax, t, names, ratio, cuts): # "eps" or "r": the ratio whose cut moves
     "Latents low for each probe as one cut moves: by the estimates, surely, possibly."
     x = np.linspace(0, 1, 41)[1:]
@@ -352,7 +352,7 @@ def cut_figure(t, names, n_tokens, cuts=Cuts()):
     plt.close(fig)
     return fig
 
-# %% ../nbs/10_verdicts.ipynb #c040
+# %% ../nbs/10_verdicts.ipynb #c041
 PAPER = {"pt-SimPO": "; paper: 92 of 114,688", "pt-it": "; paper: 113 of 114,688"}
 
 def later_model(pair): # "it-SimPO" -> "SimPO"
@@ -388,7 +388,7 @@ def verdict_finding(c,      # table of counts, one row a pair
     return (f"{said} {paper} the paper, the comparisons with the base {find} a larger share "
             "than the direct one.")
 
-# %% ../nbs/10_verdicts.ipynb #c042
+# %% ../nbs/10_verdicts.ipynb #c043
 def judge_pair(run, pair, cuts=Cuts()): # -> judged table, number of tokens
     "Judge all latents of a pair, and write the verdicts into its latents table."
     name = pair_name(pair)

@@ -14,7 +14,7 @@ from llmdiff.crosscoder import calibrate, Crosscoder, set_normalisation
 from llmdiff.engine.store import Store
 from llmdiff.examples import latent_card
 from llmdiff.scaling import accumulate, scaling_table
-from llmdiff.training import train
+from llmdiff.training import Options, train
 from llmdiff.verdicts import Cuts, judge
 from test_examples import Tok, World
 from test_scaling import AB, FakeStore, toy
@@ -116,7 +116,7 @@ def test_sets_of_models_are_found_by_training():
         for i in itertools.count(start):
             yield x[torch.randint(len(x), (256,), generator=torch.Generator().manual_seed(i))]
 
-    train(batches, cc, 700, 5e-3, dead_after=4000, k_aux=8)
+    train(batches, cc, 700, Options(lr=5e-3, dead_after=4000, k_aux=8))
     calibrate(cc, [cc.normalise(x[:4000])])
     h = jt.holders(accumulate(store, cc, NAMES), cc.W_dec.detach(), NAMES)
     rows = normalize(cc.W_dec.detach().flatten(1), dim=1)
@@ -129,7 +129,7 @@ def test_sets_of_models_are_found_by_training():
     # what a pair without C would call unique to B
     pair, lone = dictionary(W[:, [0, 1]], AB), (own[:, 1] - own[:, 0] == 1).numpy()
     live = np.flatnonzero(own[:, :2].sum(1) > 0)
-    m = jt.matches_by_model(store, pair, [cc], live, "B", Look(), True)[0]
+    m = jt.matches_by_model(store, pair, [cc], live, "B", Look())[0]
     a = jt.design_agreement(m, lone[live], jt.in_set(h, ["B"], ["A"]), live < 0, np.zeros(40, bool))
     assert a["unique_pair"] == 8 and a["both"] >= 6 and a["only_pair"] == 0 and a["kappa"] > .7
 

@@ -111,7 +111,7 @@ def test_planted_concepts_are_found_with_their_owner():
     cc = new(world, 64, 3)
     options = Options(lr=5e-3, dead_after=10**6)
     train(lambda s: (world(256, seed=100+i) for i in itertools.count(s)), cc, 300, options)
-    rows = torch.from_numpy(world.decoder).float()*cc.scale.float()[:, None]
+    rows = world.decoder*cc.scale.float()[:, None]
     target = torch.nn.functional.normalize(rows.flatten(1), dim=1)
     cos = target @ torch.nn.functional.normalize(cc.W_dec.detach().flatten(1), dim=1).T
     best = cos.max(1)

@@ -17,7 +17,7 @@ from ..examples import load_examples
 from ..annotation import contexts_of, load_taxonomy
 from ..tables import share_ci
 
-# %% ../../nbs/closer/gold.ipynb #c007
+# %% ../../nbs/closer/gold.ipynb #c008
 def kappa(a, b)->float: # two lists of names
     "Cohen's kappa; nan if both give one and the same name throughout."
     if not len(a):
@@ -39,7 +39,7 @@ def kappa_interval(a, b, n_boot=1000, seed=0)->tuple: # kappa, lo, hi
     picks = np.random.default_rng(seed).integers(len(a), size=(n_boot, len(a)))
     return k, *np.nanpercentile([kappa(a[i], b[i]) for i in picks], [2.5, 97.5])
 
-# %% ../../nbs/closer/gold.ipynb #c010
+# %% ../../nbs/closer/gold.ipynb #c011
 def agreement_row(title, x, y, n_boot, seed)->dict: # two lists of names
     "Share of equal answers (Wilson interval) and kappa (bootstrap interval)."
     same = sum(map(str.__eq__, x, y))
@@ -67,7 +67,7 @@ def half(examples, k): # 0 or 1
     "The contexts of even or odd rank."
     return examples[examples["rank"] % 2 == k]
 
-# %% ../../nbs/closer/gold.ipynb #c013
+# %% ../../nbs/closer/gold.ipynb #c014
 def fingerprint(e)->str: # contexts of one latent
     "What the strongest contexts of a latent are, in whatever order."
     top = e[e.kind == "top"]
@@ -91,7 +91,7 @@ def gold_choice(run, n=60, seed=0,
     t = t.sort_values(["unique", "order"], ascending=[False, True], ignore_index=True)
     return t.head(max(n, int(t.unique.sum()))).drop(columns="order")
 
-# %% ../../nbs/closer/gold.ipynb #c014
+# %% ../../nbs/closer/gold.ipynb #c015
 def sheet_line(x)->str: # row of the examples table
     "A context in one line, its strongly active tokens in quotation marks."
     strong = np.asarray(x.acts) > max(max(x.acts), 0)/2
@@ -132,7 +132,7 @@ def gold_sheet(run, n=60, n_top=10, n_zero=5, seed=0,
         pd.DataFrame(rows).to_csv(f, index=False, lineterminator="\n")
     return folder/"sheet.txt", folder/"latents.csv"
 
-# %% ../../nbs/closer/gold.ipynb #c016
+# %% ../../nbs/closer/gold.ipynb #c017
 GOLD = "data/gold/latents.csv"
 
 def check_gold(g, where, codes): # table; its file; codes of the taxonomy
@@ -156,7 +156,7 @@ def other_contexts(g, run)->list: # table -> names of latents
             out.append(f"{r.pair} {r.latent}")
     return out
 
-# %% ../../nbs/closer/gold.ipynb #c017
+# %% ../../nbs/closer/gold.ipynb #c018
 def load_gold(run, file=GOLD,
               taxonomy=None # default `load_taxonomy()`
              )->pd.DataFrame: # pair, latent, category, class, second, second_class, note
@@ -183,7 +183,7 @@ def load_gold(run, file=GOLD,
                "second_class": g.second.map(class_of).fillna("")}
     return g.assign(**classes).reset_index(drop=True)
 
-# %% ../../nbs/closer/gold.ipynb #c019
+# %% ../../nbs/closer/gold.ipynb #c020
 def gold_row(title, gold, said, always, n_boot, seed)->dict: # two Series of names
     "Accuracy (Wilson interval) and kappa (bootstrap interval)."
     acc, lo, hi = (v/100 for v in share_ci(int((gold == said).sum()), len(gold)))

@@ -27,7 +27,7 @@ from ..examples import ContextOptions, FIELDS, top_contexts
 from ..tables import class_table, permutation_test, share_ci, table_finding
 from .seeds import candidates, find_matches, Matching
 
-# %% ../../nbs/closer/joint.ipynb #c007
+# %% ../../nbs/closer/joint.ipynb #c008
 def probe_quotients(sums,  # [..., D, 1 + 2M^2]
                     g,     # [D, M, M] gram of the decoder rows
                     probe, # int array [D], the model whose row is the probe
@@ -57,7 +57,7 @@ def probe_table(S,     # Sums over M models
     ends = intervals(S.by_block, parts, n_boot, seed)
     return t.assign(probe=np.array(names)[probe], **nu, **ends)
 
-# %% ../../nbs/closer/joint.ipynb #c009
+# %% ../../nbs/closer/joint.ipynb #c010
 def low_in_both(t, name, cuts)->Low: # from `probe_table`; of a model
     "Whether both ratios of a model are low."
     low = []
@@ -100,7 +100,7 @@ def holders(S,     # Sums over M models
     sets = [set_name(names, row) for row in zip(*has.values())]
     return t.assign(**has, alive=alive, models=sets, rotated=rotated, undecided=undecided)
 
-# %% ../../nbs/closer/joint.ipynb #c012
+# %% ../../nbs/closer/joint.ipynb #c013
 def holders_of(store, cc, n_blocks=40, n_boot=500, seed=0, held=.1, cuts=Cuts())->pd.DataFrame: # one row a latent
     "The set of the crosscoder's models that have each latent."
     S = accumulate(store, cc, cc.names, n_blocks, seed, held=held)
@@ -123,7 +123,7 @@ def in_set(h,        # table of `holders`
     others_not = [~h[f"has_{name}"].to_numpy(bool) for name in lacks]
     return np.logical_and.reduce(they_have + others_not)
 
-# %% ../../nbs/closer/joint.ipynb #c014
+# %% ../../nbs/closer/joint.ipynb #c015
 def set_counts(h, names, # table of `holders`; of its models
                min_count=Cuts.min_count)->pd.DataFrame: # models, n_models, latents, undecided, share, lo, hi
     "How many latents each set of models has, the largest first."
@@ -167,7 +167,7 @@ def set_figure(c,     # from `set_counts`
     plt.close(fig)
     return fig
 
-# %% ../../nbs/closer/joint.ipynb #c017
+# %% ../../nbs/closer/joint.ipynb #c018
 def alike(u, v)->dict: # [n] bool, twice
     "Agreement of two answers on the same latents; NaN where there is nothing to agree on."
     u, v = np.asarray(u, bool), np.asarray(v, bool)
@@ -195,7 +195,7 @@ def design_agreement(m,    # from `find_matches`, the pair's candidates
                 matched=int((u & matched).sum()), undecided=int((u & matched & undecided).sum()),
                 **alike(u[use], v[to][use]))
 
-# %% ../../nbs/closer/joint.ipynb #c020
+# %% ../../nbs/closer/joint.ipynb #c021
 class Answer(NamedTuple):
     "What a dictionary says of its latents."
     unique: np.ndarray    # [D] bool, the question is answered with yes
@@ -229,7 +229,7 @@ class Look:
         names = "n_blocks", "n_boot", "seed", "held", "cuts"
         return {name: getattr(self, name) for name in names}
 
-# %% ../../nbs/closer/joint.ipynb #c021
+# %% ../../nbs/closer/joint.ipynb #c022
 def matches_by_model(store, cc, others, rows, model, look)->list: # as for `find_matches`
     "Matches by the rows of one model."
     view = np.ones((len(rows), 1), bool)
@@ -264,7 +264,7 @@ def joint_rows(store, pair, ccs, tables, # Store; [A, B]; its crosscoders and ju
             out.append({"pair": pair_name(pair), "seed": look.seed + i, "against": against, **row})
     return out
 
-# %% ../../nbs/closer/joint.ipynb #c022
+# %% ../../nbs/closer/joint.ipynb #c023
 def kappa_words(r)->str: # a row of `joint_rows`
     "Cohen's kappa with its interval."
     if np.isnan(r.kappa): return "kappa undefined"
@@ -297,7 +297,7 @@ def joint_finding(t, # table of `joint_rows`
     said = [joint_pair_words(d, compare) for _, d in t.groupby("pair", sort=False)]
     return "\n".join(said)
 
-# %% ../../nbs/closer/joint.ipynb #c024
+# %% ../../nbs/closer/joint.ipynb #c025
 def lacked(h,   # table of `holders`
            x, y # models
           )->np.ndarray: # latents, the most used first
@@ -321,7 +321,7 @@ def joint_examples(run, store, cc, chosen, docs, tok, # latents; the rest as for
             pq.write_table(pa.Table.from_pandas(e, FIELDS, preserve_index=False), f)
     return e
 
-# %% ../../nbs/closer/joint.ipynb #c026
+# %% ../../nbs/closer/joint.ipynb #c027
 def asked_of(joint, comparisons, pairs)->list: # models; [A, B] each
     "The comparisons and pairs whose models are all in the joint dictionary, each once."
     asked = dict.fromkeys(map(tuple, [*comparisons, *pairs]))

@@ -30,7 +30,7 @@ from ..scaling import accumulate, decoder_table, intervals, ratio, scaling_table
 from ..verdicts import judge
 from ..causal import causal_pair
 
-# %% ../../nbs/closer/methods.ipynb #c007
+# %% ../../nbs/closer/methods.ipynb #c008
 STEER = .7   # share of the steps in which lambda is steered
 WARMUP = .1  # share of the steps in which it grows from nothing
 
@@ -58,7 +58,7 @@ class L1Kit(Kit):
         state.threshold = 0.
         return step_sums(x, e.detach(), active.sum(), price.detach()/len(x))
 
-# %% ../../nbs/closer/methods.ipynb #c009
+# %% ../../nbs/closer/methods.ipynb #c010
 class Partitioned(Crosscoder):
     "A crosscoder of two models in which the first latents are A's alone, the next B's alone."
     def __init__(self, d_model, n_latents, k, names, score="sum", seed=0, share=.1): # of A, B
@@ -104,7 +104,7 @@ class Partitioned(Crosscoder):
         batches = list(batches)
         for i in range(3): calibrate(self.part(i), batches, dtype)
 
-# %% ../../nbs/closer/methods.ipynb #c010
+# %% ../../nbs/closer/methods.ipynb #c011
 class PartitionedKit(Kit):
     "Steps with a competition for each part; forbidden rows get no gradient."
     def __init__(self):
@@ -131,7 +131,7 @@ class PartitionedKit(Kit):
         clipped_update(cc, opt)
         return step_sums(x, e, len(codes.row), aux)
 
-# %% ../../nbs/closer/methods.ipynb #c013
+# %% ../../nbs/closer/methods.ipynb #c014
 @torch.no_grad()
 def as_pair(sae, cc, c): # trained; Crosscoder of the pair, changed; scale of the difference
     "Write an autoencoder of the difference as a crosscoder of the pair."
@@ -158,7 +158,7 @@ def fit_difference(stream, cc, options, n_sample=8): # as `train` -> log; batche
     as_pair(sae, cc, float(sae.scale[0]))
     return log
 
-# %% ../../nbs/closer/methods.ipynb #c015
+# %% ../../nbs/closer/methods.ipynb #c016
 METHODS = ["batchtopk-sum", "batchtopk-l2", "l1", "partitioned", "diff-sae", "random"]
 L1_LR = 3. # factor on the learning rate of the L1 crosscoder: at the same L0 it explains more
 
@@ -189,7 +189,7 @@ def set_threshold(cc, batches, dtype=torch.float32): # trained; held-out activat
     elif cc.method == "partitioned": cc.calibrate(batches, dtype)
     else: calibrate(cc, batches, dtype)
 
-# %% ../../nbs/closer/methods.ipynb #c016
+# %% ../../nbs/closer/methods.ipynb #c017
 def squares(x): # [n, 2, d_model] -> [3] float64
     "Squares of A, of B and of their difference, summed over tokens."
     return torch.cat([x, x[:, 1:] - x[:, :1]], 1).pow(2).sum((0, 2)).double()
@@ -230,7 +230,7 @@ def fit_method(method, store, pair, options): # one of METHODS; PairOptions
     set_threshold(cc, (cc.normalise(x) for x in chunks(store, pair, (first, middle))), dtype)
     return cc, log, quality(cc, chunks(store, pair, (middle, end)), dtype)
 
-# %% ../../nbs/closer/methods.ipynb #c018
+# %% ../../nbs/closer/methods.ipynb #c019
 def add_difference(S, x, codes, W, # sums, changed in place; tile [n, 2, d_model]; B's decoder rows
                    doc, block):    # document and block of each token
     "Add a tile to the sums of `scan_difference`."
@@ -261,7 +261,7 @@ def scan_difference(store, cc, pair, n_blocks=40, seed=0,
         n_tokens += len(x)
     return {name: v.cpu().numpy() for name, v in S.items()} | {"n_tokens": n_tokens}
 
-# %% ../../nbs/closer/methods.ipynb #c019
+# %% ../../nbs/closer/methods.ipynb #c020
 def activation_quotients(sums)->dict: # [..., D, 3] -> nu_act_B, nu_act_A: numerator, denominator
     "What is divided for both probes of the activation target."
     A, B = sums[..., 1], sums[..., 2]
@@ -292,7 +292,7 @@ def judge_difference(t, nu_act_cut=.3, min_count=10)->pd.DataFrame:
     certain = np.where(verdict(sure) == verdict(may), verdict(sure), "undecided")
     return t.assign(alive=alive, verdict_point=verdict(point), verdict=certain)
 
-# %% ../../nbs/closer/methods.ipynb #c020
+# %% ../../nbs/closer/methods.ipynb #c021
 def norm_verdicts(t, delta_cut=.1, shared_band=.1)->np.ndarray: # judged table -> [D] of str
     "What the decoder norms alone say of the latents that are alive."
     d = t.delta_norm
@@ -309,7 +309,7 @@ def measured(cc, store, pair, n_blocks=40, n_boot=500, seed=0)->pd.DataFrame:
     t = judge(scaling_table(S, W, n_boot, seed), pair)
     return t.assign(norm_verdict=norm_verdicts(t))
 
-# %% ../../nbs/closer/methods.ipynb #c025
+# %% ../../nbs/closer/methods.ipynb #c026
 def save_fit(cc, folder, results=None): # fitted; made if it is not there
     "Write a dictionary."
     save(cc, folder, dict(method=cc.method, results=results))
@@ -328,7 +328,7 @@ def load_fit(folder, device="cpu"): # left by `save_fit`
     cc.method = method
     return cc.to(device)
 
-# %% ../../nbs/closer/methods.ipynb #c028
+# %% ../../nbs/closer/methods.ipynb #c029
 def unique_rows(cc, t, verdict): # dictionary and its judged table -> [n, d_model]
     "The decoder rows of the unique latents, for their own model, at unit length."
     own = 0 if verdict == "unique-A" else 1
@@ -343,7 +343,7 @@ def replicates(fits, verdict="unique-B", min_cos=.7)->np.ndarray: # (dictionary,
         ok &= (rows @ other.T > min_cos).any(1).numpy() if len(other) else False
     return ok
 
-# %% ../../nbs/closer/methods.ipynb #c031
+# %% ../../nbs/closer/methods.ipynb #c032
 def recovery(pair, model_B, layer, chats, h_A, seed=0): # as for `causal_pair`
     "A function of dictionary and table: share of the KL that latents unique to B recover, lo, hi."
     def of(cc, t):
@@ -373,7 +373,7 @@ def method_row(method, store, pair, options, seeds=3, n_boot=500, causal=None)->
     recovered = causal(cc, t) if causal else (np.nan,)*3
     return row | dict(zip(("recovered", "recovered_lo", "recovered_hi"), recovered))
 
-# %% ../../nbs/closer/methods.ipynb #c033
+# %% ../../nbs/closer/methods.ipynb #c034
 def best_words(t)->str: # rows of methods that reached the asked L0
     "Which methods explain most."
     both = t[~t.method.isin(["diff-sae", "random"])]
@@ -399,7 +399,7 @@ def methods_words(t, seeds, k)->str: # of `method_row`s; the L0 that was asked f
     rates = [f"{m} {a:.0f} of {b:.0f}" for m, a, b in zip(t.method, again, of)]
     return f"{words} Replicated in all seeds: {'; '.join(rates)}."
 
-# %% ../../nbs/closer/methods.ipynb #c034
+# %% ../../nbs/closer/methods.ipynb #c035
 def methods_figure(t, title): # of `method_row`s -> Figure
     "Unique latents of both sides by the norm alone, by the verdict, and those that replicate."
     columns = {"norm": "norm", "verdict": "unique", "replicated": "replicated"}

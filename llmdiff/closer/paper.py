@@ -22,7 +22,7 @@ from ..annotation import load_taxonomy
 from ..tables import (
     class_table, compare_counts, permutation_test, power_table, UNASSIGNED, unique_set)
 
-# %% ../../nbs/closer/paper.ipynb #c008
+# %% ../../nbs/closer/paper.ipynb #c009
 def paper_csv(name)->pd.DataFrame: # e.g. "elo"
     "One of the files in `data/paper`."
     return pd.read_csv(path("data/paper")/f"{name}.csv")
@@ -52,7 +52,7 @@ def published_tables()->dict: # number of the table in the paper -> table of cou
             "4": published_categories(),
             "5": published_classes("DPO")}
 
-# %% ../../nbs/closer/paper.ipynb #c013
+# %% ../../nbs/closer/paper.ipynb #c014
 COMPARED = ["table", "row", "rebuilt", "printed"]
 
 def differing(table, row, values): # which one; of (rebuilt, printed, digits)
@@ -87,7 +87,7 @@ def mismatches()->pd.DataFrame:
     wrong = class_mismatches(2, "SimPO") + class_mismatches(5, "DPO") + category_mismatches()
     return pd.DataFrame(wrong, columns=COMPARED)
 
-# %% ../../nbs/closer/paper.ipynb #c016
+# %% ../../nbs/closer/paper.ipynb #c017
 def elo(version=2)->pd.DataFrame: # 2: Tables 1 and 3, 1: Table 1 of the first version
     "LMArena scores with their differences: with minus without style control is the paper's Diff."
     if version == 1:
@@ -114,7 +114,7 @@ def elo_mismatches()->pd.DataFrame: # table, row, rebuilt, printed
                 out.append(dict(table=name, row=f"{c}, {column}", rebuilt=got[c], printed=want[c]))
     return pd.DataFrame(out, columns=COMPARED)
 
-# %% ../../nbs/closer/paper.ipynb #c017
+# %% ../../nbs/closer/paper.ipynb #c018
 def published()->dict: # name -> DataFrame
     "All tables, rebuilt."
     return {"elo": elo(), "elo_v1": elo(1), "class_SimPO": published_classes("SimPO"),
@@ -128,7 +128,7 @@ def printed_numbers()->int:
                "elo": _elo_differences(2), "elo_v1": _elo_differences(1)}
     return sum(paper_csv(file)[columns].size for file, columns in checked.items())
 
-# %% ../../nbs/closer/paper.ipynb #c020
+# %% ../../nbs/closer/paper.ipynb #c021
 ELO_PARTS = {
     2: [("without style control", "raw_it", "raw_SimPO", "raw_delta"),
         ("with style control", "style_it", "style_SimPO", "style_delta")],
@@ -149,7 +149,7 @@ def elo_table(version=2)->GT: # 2 or 1
     g = g.fmt_integer(_elo_differences(version), force_sign=True)
     return g.cols_align("right", list(t.columns[1:]))
 
-# %% ../../nbs/closer/paper.ipynb #c023
+# %% ../../nbs/closer/paper.ipynb #c024
 def _beside(ax, text, x, y, right): # a number beside a point
     ax.annotate(text, (x, y), (7 if right else -7, 0), textcoords="offset points",
                 ha="left" if right else "right", va="center", fontsize=8)
@@ -178,7 +178,7 @@ def draw_style_effect(ax, t): # from `elo`
     ax.set(title="what style control changes", xlabel="difference with minus without")
     ax.margins(x=.2)
 
-# %% ../../nbs/closer/paper.ipynb #c024
+# %% ../../nbs/closer/paper.ipynb #c025
 def elo_picture(version=2): # -> Figure
     "Scores of it and SimPO by category; for version 2 also what style control takes away."
     t, parts = elo(version).iloc[::-1], ELO_PARTS[version]
@@ -197,7 +197,7 @@ def elo_picture(version=2): # -> Figure
     plt.close(fig)
     return fig
 
-# %% ../../nbs/closer/paper.ipynb #c031
+# %% ../../nbs/closer/paper.ipynb #c032
 def paper_tests(level=0.05)->pd.DataFrame: # one row a table
     "Smallest p and q of each table, a permutation test of the whole, the largest power of any row."
     out = []
@@ -240,7 +240,7 @@ def paper_finding(level=0.05)->str:
     "What the tests say about the published changes, in words."
     return f"{changes_words(paper_tests(level), level)} {style_words(elo())}"
 
-# %% ../../nbs/closer/paper.ipynb #c038
+# %% ../../nbs/closer/paper.ipynb #c039
 BESIDE = ["comparison", "class", "diff", "p", "paper_diff", "paper_p"]
 
 def beside(x, y,     # two models, the second SimPO or DPO
@@ -263,7 +263,7 @@ def beside_words(t)->str: # of `beside`, several comparisons together
             f"point the same way as the paper's; by coin tossing it would be {len(moved)/2:g}. "
             "Neither side's are distinguishable from chance unless it is said above.")
 
-# %% ../../nbs/closer/paper.ipynb #c041
+# %% ../../nbs/closer/paper.ipynb #c042
 TITLES = {
     "elo": "Tables 1 and 3: LMArena Elo, without and with style control",
     "elo_v1": "Table 1 of the first version",

@@ -19,7 +19,7 @@ from ..codes import encode_tile, tiles
 from ..causal import answer_marker, answer_positions
 from ..tables import share_row
 
-# %% ../../nbs/closer/recovered.ipynb #c007
+# %% ../../nbs/closer/recovered.ipynb #c008
 RULED = {"structure": "more", "refusal": "more", "filler opening": "fewer", "talk of being an AI": "fewer"}   # what the preference rule asked of SimPO and DPO
 BEHAVIOURS = {"structure": (LIST, BOLD), "refusal": (REFUSAL,), "filler opening": (FILLER,), "talk of being an AI": (SELF,), "any answer": ()}
 
@@ -48,7 +48,7 @@ def marks(docs, # the corpus
                 out[d.doc][a, k] = mark_spans(parts, patterns)
     return out
 
-# %% ../../nbs/closer/recovered.ipynb #c010
+# %% ../../nbs/closer/recovered.ipynb #c011
 @torch.no_grad()
 def marked_share(store, cc, pair, marked, # from `marks`
                 )->tuple: # [D, behaviours] shares, [behaviours] marked tokens, tokens
@@ -69,7 +69,7 @@ def marked_share(store, cc, pair, marked, # from `marks`
         N += len(m)
     return mass[:, :B]/np.maximum(mass[:, B:], 1e-30), n, N
 
-# %% ../../nbs/closer/recovered.ipynb #c012
+# %% ../../nbs/closer/recovered.ipynb #c013
 def peer_p(share,  # [D], of one behaviour
            count,  # [D], active tokens
            j,      # latent
@@ -93,7 +93,7 @@ def found(share, # [D, behaviours]
             rows.append(dict(behaviour=b, side=side, unique=len(mine), best=best, share=share[best, k] if len(mine) else np.nan, p=1 - (1 - p.min())**len(mine) if len(mine) else np.nan))
     return rows
 
-# %% ../../nbs/closer/recovered.ipynb #c014
+# %% ../../nbs/closer/recovered.ipynb #c015
 def planted_pair(store, cc, pair, t, marked, counted="verdict", n_peers=1000)->pd.DataFrame:
     "The rows of one pair."
     share, n, N = marked_share(store, cc, pair, marked)
@@ -113,7 +113,7 @@ def recovered_finding(t, level=.05)->str:
     return head + (": " + "; ".join(f"{r.behaviour} in {r.model} of {r.pair} (latent {r.best}, {r.share:.2g} of its activation against {r.mean_share:.2g} on average, q = {r.q:.2g})" for r in sure.itertuples()) if len(sure) else
                    f"; the smallest p is {t.p.min():.2g}") + "."
 
-# %% ../../nbs/closer/recovered.ipynb #c016
+# %% ../../nbs/closer/recovered.ipynb #c017
 PLANTED = [("lists, headings, bold", ["E.18"], +1), ("refusing harmful requests", ["A.1", "A.2"], +1), ("the language of the question", ["B.7"], +1),
            ("talking about being an AI", ["G.30"], -1), ("filler openings", ["D.17"], -1)]
 

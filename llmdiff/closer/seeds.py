@@ -29,7 +29,7 @@ from ..scaling import accumulate, scaling_table
 from ..verdicts import Cuts, judge
 from ..tables import class_table, permutation_test, share_ci, table_finding, unique_set
 
-# %% ../../nbs/closer/seeds.ipynb #c008
+# %% ../../nbs/closer/seeds.ipynb #c009
 def check_seeds(seeds):
     "Refuse fewer than two seeds."
     check(isinstance(seeds, int) and seeds >= 2, f"seeds = {seeds}: replication compares "
@@ -63,7 +63,7 @@ def train_seeds(run, pair,
         ccs.append(train_pair(store, pair, seed_folder(run, pair, s, seed), options)[0])
     return store, ccs
 
-# %% ../../nbs/closer/seeds.ipynb #c011
+# %% ../../nbs/closer/seeds.ipynb #c012
 def views(verdict     # [R] verdicts by the estimates
          )->np.ndarray: # [R, 2] bool
     "The decoder rows by which a latent is looked for: its own model's if it is unique, else both."
@@ -83,7 +83,7 @@ def row_cosine(P,   # Tensor [R, M, d], decoder rows of the latents looked for
         out[at] = (a @ b.T).cpu().numpy()
     return out
 
-# %% ../../nbs/closer/seeds.ipynb #c015
+# %% ../../nbs/closer/seeds.ipynb #c016
 def new_pairs(n_rows, # candidates
               D       # latents of the other dictionary
              )->dict: # `cross` [R, D] of f_j f_i; `a`, `b`: sums and sums of squares; `n` tokens
@@ -118,7 +118,7 @@ def pearson(sums)->np.ndarray: # [R, D], 0 where a latent is never active
     s, cov = std_a*std_b, sums["cross"]/n - mean_a[:, None]*mean_b
     return np.divide(cov, s, out=np.zeros_like(s), where=s > 0)
 
-# %% ../../nbs/closer/seeds.ipynb #c018
+# %% ../../nbs/closer/seeds.ipynb #c019
 def both_codes(store, ccs): # Store; crosscoders on any of its models
     "Inference codes of several crosscoders on the same tokens: (tokens, [codes of each]), by tile."
     names = list(dict.fromkeys(m for cc in ccs for m in cc.names))
@@ -146,7 +146,7 @@ def coactivation(store, first, others, # Store, a crosscoder, list of crosscoder
         for s, codes in zip(sums, theirs): add_pairs(s, n, mine, codes, rows)
     return [pearson(s) for s in sums]
 
-# %% ../../nbs/closer/seeds.ipynb #c020
+# %% ../../nbs/closer/seeds.ipynb #c021
 @dataclass(frozen=True)
 class Matching:
     "When two latents are the same, and which latents are looked for."
@@ -179,7 +179,7 @@ def match_latents(cos, corr,       # [R, D]
         match=at, cos=of_match(cos), corr=of_match(corr), matched=of_match(score) >= 1,
         best=best, best_matched=score[i, best] >= 1))
 
-# %% ../../nbs/closer/seeds.ipynb #c024
+# %% ../../nbs/closer/seeds.ipynb #c025
 def random_rows(W,     # Tensor [D, M, d]
                 seed=0):
     "Random directions with the norms of W's rows, one for all models of a latent."
@@ -209,7 +209,7 @@ def find_matches(store, first, others, # Store, a crosscoder, list of crosscoder
         out.append(m.assign(latent=rows))
     return out
 
-# %% ../../nbs/closer/seeds.ipynb #c028
+# %% ../../nbs/closer/seeds.ipynb #c029
 def candidates(t,              # judged table
                rule=Matching(),
                seed=0          # of the sample
@@ -245,7 +245,7 @@ def replication_columns(t,     # judged table of the candidates [R]
         match_cos=mean("cos"), match_corr=mean("corr"),
         match_verdicts=[", ".join(v) for v in verdict.T]))
 
-# %% ../../nbs/closer/seeds.ipynb #c032
+# %% ../../nbs/closer/seeds.ipynb #c033
 def first_verdicts(run, pair, **cuts): # -> judged table
     "The first seed's table, from `verdicts`, whose cuts must be those asked for."
     name, t = pair_name(pair), latents(pair_name(pair), run)
@@ -281,7 +281,7 @@ def replicate_pair(store, ccs, # Store; crosscoders of the pair: the first, the 
     kinds = mine[["verdict", "verdict_point"]]
     return replication_columns(mine, found, tables).join(kinds), chance.join(kinds), tables
 
-# %% ../../nbs/closer/seeds.ipynb #c034
+# %% ../../nbs/closer/seeds.ipynb #c035
 REPORTED = [("verdict", "unique-B"), ("verdict", "unique-A"),
             ("verdict_point", "unique-B"), ("verdict_point", "unique-A"), ("verdict", "shared")]
 
@@ -308,7 +308,7 @@ def replication_rows(name, cols, chance, # pair; from `replicate_pair`
             "seeds": len(tables), "tokens": n_tokens})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/closer/seeds.ipynb #c035
+# %% ../../nbs/closer/seeds.ipynb #c036
 def expected_number(rows, rate): # rows of `replication_rows`; name of a rate -> latents
     "How many latents a rate means, over all rows."
     return float((rows[rate]*rows.looked_for).fillna(0).sum())
@@ -353,7 +353,7 @@ def replication_finding(t # table of `replication_rows`, all pairs
         return "\n".join([*lines, "There is no unique latent to replicate."])
     return "\n".join([*lines, against_shared_words(unique, t[shared]), lost_words(unique)])
 
-# %% ../../nbs/closer/seeds.ipynb #c041
+# %% ../../nbs/closer/seeds.ipynb #c042
 SEED_COLOURS = {"unique-B": "#7b2d8b", "unique-A": "#d55e00", "shared": "0.45", "chance": "#0072b2"}
 
 def draw_matches(axes,               # two, above each other
@@ -391,7 +391,7 @@ def match_figure(parts, # list of (pair, columns, chance)
     plt.close(fig)
     return fig
 
-# %% ../../nbs/closer/seeds.ipynb #c044
+# %% ../../nbs/closer/seeds.ipynb #c045
 def restricted(x, y,              # two models
                run, base,         # the model that both were paired with
                taxonomy,          # from `load_taxonomy`

@@ -18,7 +18,7 @@ from ..corpus import render_chat, tokenise
 from ..caching import stream, tap
 from ..causal import before_head, patch_kl, recovered
 
-# %% ../../nbs/closer/steering.ipynb #c006
+# %% ../../nbs/closer/steering.ipynb #c007
 def random_direction(like, latent, seed)->torch.Tensor: # [d_model]; latent id
     "A random direction of the same length, the same for every run with this seed."
     number = int(digest(seed, latent), 16) % 2**63
@@ -44,7 +44,7 @@ def pushes(cc,        # Crosscoder
     info = pd.DataFrame(rows, columns=["latent", "direction", "a", "norm"])
     return info, torch.stack(push) if push else torch.zeros(0, cc.W_dec.shape[-1])
 
-# %% ../../nbs/closer/steering.ipynb #c008
+# %% ../../nbs/closer/steering.ipynb #c009
 def mean_kl(kl, n_boot=1000, seed=0): # rows of `patch_kl`
     "Mean KL per answer token of each patch, with a 95 % interval over documents: kl, kl_lo, kl_hi."
     s = kl.pivot_table(index="doc", columns="patch", values="kl", aggfunc=["sum", "count"], sort=False)
@@ -74,7 +74,7 @@ def steer_kl(model, layer, chats,
         out.append(patch_kl(model, tapped, layer, c, variants, goal))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/closer/steering.ipynb #c009
+# %% ../../nbs/closer/steering.ipynb #c010
 STEERING_COLUMNS = ["pair", "steered", "latent", "direction", "a", "norm", "kl", "kl_lo", "kl_hi",
                     "recovered", "lo", "hi", "docs", "tokens"]
 
@@ -98,7 +98,7 @@ def steer_pair(pair,
     t = pd.concat(out, ignore_index=True) if out else info.reindex(columns=STEERING_COLUMNS)
     return t.assign(pair=pair_name(pair), docs=len(chats), tokens=n_tokens)[STEERING_COLUMNS]
 
-# %% ../../nbs/closer/steering.ipynb #c011
+# %% ../../nbs/closer/steering.ipynb #c012
 def pushing_hook(push, # [n, 1, d_model]
                  keep  # [prompt tokens] bool
                 ):     # -> a forward hook of a layer
@@ -132,7 +132,7 @@ def steered_answers(model, tok, layer,
     said = tok.batch_decode(y[:, len(ids):], skip_special_tokens=True)
     return [t.strip() for t in said]
 
-# %% ../../nbs/closer/steering.ipynb #c012
+# %% ../../nbs/closer/steering.ipynb #c013
 def steer_texts(pair,
                 models, # A and B
                 tok, layer, prompts,
@@ -160,7 +160,7 @@ def steered_side_by_side(t): # from `steer_texts`
     page = page.set_table_styles([dict(selector="td, th", props=props)])
     return page.set_uuid("t" + digest(t.to_dict("list"))[:8])
 
-# %% ../../nbs/closer/steering.ipynb #c014
+# %% ../../nbs/closer/steering.ipynb #c015
 def with_bar(ax, g, value, lo, hi, look): # rows of one line; names of three columns; look of the line
     "A line over the strength, with error bars."
     below, above = g[value] - g[lo], g[hi] - g[value]
@@ -203,7 +203,7 @@ def steering_figure(t): # the table `steering`, not empty
     plt.close(fig)
     return fig
 
-# %% ../../nbs/closer/steering.ipynb #c015
+# %% ../../nbs/closer/steering.ipynb #c016
 def steering_in_words(t): # the table `steering`
     "Can A be steered towards B? One sentence, computed."
     if not len(t):

@@ -20,7 +20,7 @@ from ..models import check_models, load_model, pick_dtype
 from ..engine.store import merge_moments, moments, pack, pack_models, shard_rows, token_columns
 from ..caching import plan_shards, read_part, tap
 
-# %% ../../nbs/scale/live.ipynb #c006
+# %% ../../nbs/scale/live.ipynb #c007
 def plan_chunks(kept,         # [docs] kept tokens of each document
                 chunk_tokens, # of one chunk, about
                 seed          # of the order
@@ -32,7 +32,7 @@ def plan_chunks(kept,         # [docs] kept tokens of each document
         cuts = np.flatnonzero(np.diff(chunk)) + 1
         yield from np.split(order, cuts)
 
-# %% ../../nbs/scale/live.ipynb #c010
+# %% ../../nbs/scale/live.ipynb #c011
 def plan_mixes(kept,         # [docs] kept tokens of each document
                chunk_tokens, # of one chunk, about
                width,        # chunks held at a time
@@ -51,7 +51,7 @@ def plan_mixes(kept,         # [docs] kept tokens of each document
             mix.append((c, d, due))
         yield mix
 
-# %% ../../nbs/scale/live.ipynb #c014
+# %% ../../nbs/scale/live.ipynb #c015
 def stream_hash(live, weights): # a Live; model name -> hash
     "Hash of everything that the rows of a stream, and their order, depend on."
     texts = []
@@ -60,7 +60,7 @@ def stream_hash(live, weights): # a Live; model name -> hash
     return digest("live", weights, texts, live.docs.doc.tolist(), live.layer, str(live.dtype),
                   live.batch_tokens, live.chunk_tokens, live.width, live.sample_tokens)
 
-# %% ../../nbs/scale/live.ipynb #c015
+# %% ../../nbs/scale/live.ipynb #c016
 class Live:
     "A stream of activations with the interface of a `Store`: the models run when rows are asked for."
     def __init__(self,
@@ -99,7 +99,7 @@ class Live:
         dtype = str(self.dtype).removeprefix("torch.")
         return {n: tap(load_model(spec, dtype)) for n, spec in self.specs.items()}
 
-# %% ../../nbs/scale/live.ipynb #c017
+# %% ../../nbs/scale/live.ipynb #c018
 @patch
 def index(self:Live, pair): # model names, or None for all
     "Positions of the models of a pair."
@@ -140,7 +140,7 @@ def var(self:Live)->np.ndarray: # [n_models] float64
     n, _, q = self.sample()
     return (q.sum(1)/n).numpy()
 
-# %% ../../nbs/scale/live.ipynb #c019
+# %% ../../nbs/scale/live.ipynb #c020
 @patch
 def split(self:Live, held=0.1): # share of the documents held out
     "Two ranges of document numbers (first, end): for training, and the last ones, for evaluation."
@@ -172,7 +172,7 @@ def rows(self:Live,
         at = np.arange(lo + a, lo + b)
         yield dict(acts=self.read(at, pair).float(), **token_columns(self.docs.iloc[at]))
 
-# %% ../../nbs/scale/live.ipynb #c021
+# %% ../../nbs/scale/live.ipynb #c022
 @patch
 def batches(self:Live,
             pair,        # two model names, reference first
@@ -207,7 +207,7 @@ def batches(self:Live,
         for i in range(n): yield rest[i*batch:(i+1)*batch].float()
         rest = rest[n*batch:].clone()
 
-# %% ../../nbs/scale/live.ipynb #c027
+# %% ../../nbs/scale/live.ipynb #c028
 def reach(live,     # a Live
           docs,     # range of document numbers
           batch,    # tokens of one batch
@@ -237,7 +237,7 @@ def reach_words(r, batch)->str: # `reach`; tokens of one batch
             f"training documents. The {batch:,} rows of a batch come from {r['a_batch']:.0f} documents "
             f"on average, and the median distance of two of them is {r['apart']:.0%} of the corpus.")
 
-# %% ../../nbs/scale/live.ipynb #c030
+# %% ../../nbs/scale/live.ipynb #c031
 def stored(x,          # [tokens, n_models, d_model] float32
            store_dtype # "float32", "bfloat16" or "int8"
           )->torch.Tensor: # what a store of this type would give back
