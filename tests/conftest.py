@@ -2,7 +2,8 @@
 import io, json, os, re, subprocess, sys
 from pathlib import Path
 
-os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", MPLBACKEND="Agg")
+os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1",
+                  MPLBACKEND="Agg")
 
 import nbformat, pytest
 import nbformat.v4 as nbf
@@ -12,7 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def notebook(file, params, step, code, export="", test=""):
     "Write a step: title, cells tagged `parameters` and `step`, what it exports, a test, and its code under `## Run`."
-    cells = [nbf.new_markdown_cell("# A step"), nbf.new_code_cell(params, metadata={"tags": ["parameters"]}), nbf.new_code_cell(step, metadata={"tags": ["step"]})]
+    cells = [nbf.new_markdown_cell("# A step"),
+             nbf.new_code_cell(params, metadata={"tags": ["parameters"]}),
+             nbf.new_code_cell(step, metadata={"tags": ["step"]})]
     if export: cells.append(nbf.new_code_cell(f"#| export\n{export}"))
     if test: cells.append(nbf.new_code_cell(test, metadata={"tags": ["test"]}))
     cells += [nbf.new_markdown_cell("## Run"), nbf.new_code_cell(code)]
@@ -23,7 +26,8 @@ def notebook(file, params, step, code, export="", test=""):
 
 
 ONE = "from llmdiff.core import *\nwrite_json(run_dir(run)/'x.json', n*2)"
-TWO = ("from llmdiff.core import *\nimport json, pandas as pd\nx = json.loads(need(f'{run}/x.json', 'one').read_text())\n"
+TWO = ("from llmdiff.core import *\nimport json, pandas as pd\n"
+       "x = json.loads(need(f'{run}/x.json', 'one').read_text())\n"
        "save_table(pd.DataFrame({'x': [x], 'y': [x + bias]}), 'main', run)")
 
 
@@ -32,12 +36,15 @@ def at_once(nb, out, params, env, report, cwd=None):
     d = nbformat.read(nb, 4)
     space = {}
     for c in d.cells:
-        if c.cell_type == "code": exec(c.source, space); space.update(params if "parameters" in c.metadata.get("tags", []) else {})
+        if c.cell_type == "code":
+            exec(c.source, space)
+            space.update(params if "parameters" in c.metadata.get("tags", []) else {})
     nbformat.write(d, out)
 
 
 class Toy:
-    "A project folder with two small steps; `run` calls the driver in this process (with real kernels if asked), `cli` in another."
+    """A project folder with two small steps; `run` calls the driver in this process (with real kernels if asked),
+    `cli` in another."""
     def __init__(self, home):
         self.home, self.nbs, self.R = home, home/"nbs", home/"runs"/"toy"
         for d in ("nbs", "data"): (home/d).mkdir()
@@ -77,7 +84,8 @@ class Toy:
         return [sys.executable, "-c", code, str(self.home), *args]
 
     def cli(self, *args, **kw):
-        return subprocess.run(self.cmd(*args, "--preset", "toy", "--runs", str(self.R.parent)), capture_output=True, text=True, timeout=120, cwd=ROOT, **kw)
+        cmd = self.cmd(*args, "--preset", "toy", "--runs", str(self.R.parent))
+        return subprocess.run(cmd, capture_output=True, text=True, timeout=120, cwd=ROOT, **kw)
 
 
 @pytest.fixture
@@ -93,7 +101,8 @@ def llmdiff(*args):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    "The run folder of the preset `tiny`, run from nothing; its tables and latents are there for any test to read, not to change."
+    """The run folder of the preset `tiny`, run from nothing; its tables and latents are there for any test to read,
+    not to change."""
     runs = tmp_path_factory.mktemp("first")
     r = llmdiff("run", "--preset", "tiny", "--runs", str(runs))
     assert r.returncode == 0, r.stderr[-2000:]

@@ -66,7 +66,8 @@ def test_an_edited_test_or_demo_repeats_nothing(toy):
     toy.run()
     toy.step(1, ONE, export="def double(x): return 2*x", test="assert n > 0 and double(n) == 2*n")
     assert toy.run() == []
-    def demo(cells): cells.insert(4, {**cells[4], "id": "demo", "source": "double(3)", "metadata": {"tags": ["demo"]}})
+    def demo(cells):
+        cells.insert(4, {**cells[4], "id": "demo", "source": "double(3)", "metadata": {"tags": ["demo"]}})
     toy.edit("01_one", demo)
     assert toy.run() == []
     toy.step(1, ONE, export="def double(x): return x + x", test="assert n > 0")
@@ -124,9 +125,11 @@ def test_a_folder_that_a_step_reads_counts_with_all_its_files(toy):
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    "A package on disk: llmdiff.low, llmdiff.high (imports low), llmdiff.engine.store (imports engine.raw), llmdiff.closer.look."
+    """A package on disk: llmdiff.low, llmdiff.high (imports low), llmdiff.engine.store (imports engine.raw),
+    llmdiff.closer.look."""
     lib = tmp_path/"package"
-    texts = {"__init__": "", "low": "A = 1", "high": "from .low import *\nB = 2", "engine/__init__": "", "engine/raw": "C = 3",
+    texts = {"__init__": "", "low": "A = 1", "high": "from .low import *\nB = 2",
+             "engine/__init__": "", "engine/raw": "C = 3",
              "engine/store": "from .raw import *\nfrom ..low import A", "closer/__init__": "",
              "closer/look": "from ..engine.store import *\ndef f():\n    from .. import high"}
     for name, text in texts.items():
@@ -163,7 +166,8 @@ def test_a_changed_module_repeats_the_steps_that_import_it(toy, house):
     "Also through other modules, and in a subpackage."
     toy.step(1, ONE, export="def f():\n    from llmdiff.low import A")
     toy.step(2, TWO, export="def f():\n    import llmdiff.engine.store")
-    toy.add("closer/look", "needs = []", export="#| default_exp closer.look\ndef f():\n    from ..engine.store import C")
+    look = "#| default_exp closer.look\ndef f():\n    from ..engine.store import C"
+    toy.add("closer/look", "needs = []", export=look)
     assert toy.run() == ["one", "two"] and toy.run(only="look") == ["look"]
     (house/"engine"/"raw.py").write_text("C = 4")
     assert toy.run() == ["two"] and "look: what it left is of an earlier state" in toy.out
@@ -201,7 +205,8 @@ def test_a_closer_look_runs_when_it_is_named_and_after_those_it_needs(toy):
     assert toy.run() == ["one", "two"]
     assert toy.run(start="zoom") == ["zoom", "a_look"] and (toy.R/"zoom.ipynb").exists()
     assert toy.run(only="a_look", force=True) == ["a_look"]
-    assert toy.run(values={"bias": 3}) == ["two"] and "a_look: what it left is of an earlier state" in toy.out and "zoom:" not in toy.out
+    assert toy.run(values={"bias": 3}) == ["two"]
+    assert "a_look: what it left is of an earlier state" in toy.out and "zoom:" not in toy.out
 
 
 def test_a_notebook_without_a_step_cell_is_not_run(toy):
@@ -327,8 +332,10 @@ def alive(pid):
 def test_interrupted(toy, sig):
     pidfile = toy.home/"pid"
     toy.step(2, f"import os, time\nopen({str(pidfile)!r}, 'w').write(str(os.getpid()))\ntime.sleep(100)")
-    p = subprocess.Popen(toy.cmd("run", "--preset", "toy", "--runs", str(toy.R.parent)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a shell's background job ignores Ctrl-C, and so would its children
+    cmd = toy.cmd("run", "--preset", "toy", "--runs", str(toy.R.parent))
+    # a shell's background job ignores Ctrl-C, and so would its children
+    heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     end = time.monotonic() + 60
     while not (pidfile.exists() and pidfile.read_text()) and time.monotonic() < end: time.sleep(.1)
     pid = int(pidfile.read_text())
@@ -351,21 +358,26 @@ def test_two_drivers_in_one_folder(toy):
 
 def test_the_kernel_is_this_interpreter(toy, monkeypatch, tmp_path):
     d = tmp_path/"jupyter"/"kernels"/"python3"; d.mkdir(parents=True)
-    (d/"kernel.json").write_text(json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "trap", "language": "python"}))
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "trap", "language": "python"}
+    (d/"kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path/"jupyter"))
-    toy.step(1, "import sys, os\nfrom llmdiff.core import *\nwrite_json(run_dir(run)/'x.json', [sys.executable, {k: os.environ.get(k) for k in "
-                "('HF_HUB_OFFLINE', 'PYTHONHASHSEED', 'TOKENIZERS_PARALLELISM', 'HF_HUB_DISABLE_TELEMETRY', 'DO_NOT_TRACK')}])")
+    toy.step(1, "import sys, os\nfrom llmdiff.core import *\n"
+                "write_json(run_dir(run)/'x.json', [sys.executable, {k: os.environ.get(k) for k in "
+                "('HF_HUB_OFFLINE', 'PYTHONHASHSEED', 'TOKENIZERS_PARALLELISM', 'HF_HUB_DISABLE_TELEMETRY', "
+                "'DO_NOT_TRACK')}])")
     toy.run(kernels=True, only="one")
     exe, env = json.loads((toy.R/"x.json").read_text())
     assert exe == sys.executable
-    assert env == {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+    assert env == {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false",
+                   "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 
 
 def test_hub_only_where_it_is_asked_for(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert "HF_HUB_OFFLINE" not in settings.environment({"models": {"a": "google/gemma-2-9b+data"}})
     assert "HF_HUB_OFFLINE" not in settings.environment({"models": {"a": "data"}, "sources": {"hub:fineweb": 1}})
-    assert settings.environment({"models": {"a": "data", "b": "gguf:x+data"}, "sources": {"brown": .5, "hub:fineweb@data": .5}})["HF_HUB_OFFLINE"] == "1"
+    values = {"models": {"a": "data", "b": "gguf:x+data"}, "sources": {"brown": .5, "hub:fineweb@data": .5}}
+    assert settings.environment(values)["HF_HUB_OFFLINE"] == "1"
 
 
 @pytest.mark.parametrize("args, said", [
@@ -388,7 +400,8 @@ def test_bad_input_before_anything_starts(toy, args, said, tmp_path, capsys, mon
 
 def test_kinds():
     fit = settings.as_kind
-    assert fit("a", 3, 0.5) == 3.0 and isinstance(fit("a", 3, .5), float) and fit("a", 2e5, 1) == 200000 and isinstance(fit("a", 2e5, 1), int)
+    assert fit("a", 3, 0.5) == 3.0 and isinstance(fit("a", 3, .5), float)
+    assert fit("a", 2e5, 1) == 200000 and isinstance(fit("a", 2e5, 1), int)
     assert fit("a", 4, "word") == "4" and fit("a", None, 3) is None and fit("a", [1], None) == [1]
     for value, default in ((.5, 1), ("x", 1), (True, 1), ([], {}), ({}, "w")):
         with pytest.raises(UserError): fit("a", value, default)
@@ -410,7 +423,8 @@ def test_publish(toy):
     toy.run()
     out = publish.publish("toy", toy.R, toy.home, {"bias": 1})
     m = json.loads((out/"manifest.json").read_text())
-    assert m["preset"] == "toy" and m["parameters"] == {"bias": 1, "n": 3} and m["versions"]["numpy"] and set(m["seconds"]) == {"one", "two"}
+    assert m["preset"] == "toy" and m["parameters"] == {"bias": 1, "n": 3}
+    assert m["versions"]["numpy"] and set(m["seconds"]) == {"one", "two"}
     assert m["files"] == {f: sha256(out/f) for f in ("main.csv", "tables/main.tex")}
     (out/"mine.txt").write_text("not published")
     toy.step(2, TWO.replace("'main'", "'other'")); toy.run(); publish.publish("toy", toy.R, toy.home)
@@ -420,12 +434,23 @@ def test_publish(toy):
 def test_texts_of_models_and_doubles_are_not_published(toy):
     toy.run()
     (toy.R/"figures").mkdir()
-    for name in ("figures/plot.png", "figures/plot.pdf", "tables/model_answers.csv", "tables/steering_texts.tex", "tables/main.html"): (toy.R/name).write_text("x")
+    names = ("figures/plot.png", "figures/plot.pdf", "tables/model_answers.csv", "tables/steering_texts.tex",
+             "tables/main.html")
+    for name in names: (toy.R/name).write_text("x")
     out = publish.publish("toy", toy.R, toy.home)
     assert published(out) == ["main.csv", "manifest.json", "plot.png", "tables/main.html", "tables/main.tex"]
 
 
-@pytest.mark.parametrize("name", ["../settings.ini", "tables/../../settings.ini", "tables/..", "..", "", ".", "/etc/hosts", "other/settings.ini"])
+@pytest.mark.parametrize("name", [
+    "../settings.ini",
+    "tables/../../settings.ini",
+    "tables/..",
+    "..",
+    "",
+    ".",
+    "/etc/hosts",
+    "other/settings.ini",
+])
 def test_publishing_removes_nothing_outside_its_folder(toy, name):
     toy.run()
     out = publish.publish("toy", toy.R, toy.home)
@@ -438,8 +463,10 @@ def test_progress_line(toy, tmp_path):
     "What a step shows or writes to LLMDIFF_PROGRESS is on the line; nothing of it stays."
     seen = []
     out = tmp_path/"out.ipynb"
-    toy.step(1, "import os, time\nprint('first'); print('half\\r\\x1b[1mdone\\x1b[0m', end='')\ntime.sleep(1.5)\nopen(os.environ['LLMDIFF_PROGRESS'], 'w').write('1,000 of 2,000 tokens')\ntime.sleep(1)")
-    kernel.execute(toy.nbs/"01_one.ipynb", out, {"run": str(tmp_path)}, settings.environment({}), lambda job: seen.append(kernel.progress(job)))
+    toy.step(1, "import os, time\nprint('first'); print('half\\r\\x1b[1mdone\\x1b[0m', end='')\ntime.sleep(1.5)\n"
+                "open(os.environ['LLMDIFF_PROGRESS'], 'w').write('1,000 of 2,000 tokens')\ntime.sleep(1)")
+    report = lambda job: seen.append(kernel.progress(job))
+    kernel.execute(toy.nbs/"01_one.ipynb", out, {"run": str(tmp_path)}, settings.environment({}), report)
     assert ("cell 4/4", "done") in seen
     assert any(line == "1,000 of 2,000 tokens" for _, line in seen)
     assert not (tmp_path/".progress").exists()
@@ -449,7 +476,8 @@ def test_help_is_quick():
     t = time.monotonic()
     r = llmdiff("--help")
     assert r.returncode == 0 and "run" in r.stdout and time.monotonic() - t < 5
-    code = "import sys, llmdiff.driver.commands; print([m for m in ('torch', 'transformers', 'papermill', 'nbdev', 'smalldocs') if m in sys.modules])"
+    code = ("import sys, llmdiff.driver.commands; "
+            "print([m for m in ('torch', 'transformers', 'papermill', 'nbdev', 'smalldocs') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     assert llmdiff("--version").stdout.startswith("llmdiff ")
 

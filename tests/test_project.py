@@ -1,5 +1,11 @@
-"What holds for the tree as a whole: notebooks, package, pages and presets agree, and the preset `tiny` gives the same bytes twice."
-import ast, json, re, shutil, subprocess, sys, tomllib
+"The tree as a whole: notebooks, package, pages and presets agree; the preset `tiny` gives the same bytes twice."
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
 
 import pytest
 
@@ -8,10 +14,12 @@ from llmdiff.core import load_preset, preset_names, sha256
 from llmdiff.driver import settings, site, steps
 
 NBS = settings.notebooks(ROOT)
-CHAPTERS = [f for f in NBS if f.stem != "index"]
+CHAPTERS = [f for f in NBS if f.stem != "index" and f.parent.name != "guide"]   # the guide exports nothing
+STEPS = [s.nb for s in steps.steps(ROOT)]
 name_of = lambda f: f.relative_to(ROOT/"nbs").with_suffix("").as_posix()
 each = pytest.mark.parametrize("nb", NBS, ids=name_of)
 chapter = pytest.mark.parametrize("nb", CHAPTERS, ids=name_of)
+step = pytest.mark.parametrize("nb", STEPS, ids=name_of)
 MACHINE = re.compile(r"(?<![\w.:/])/(?:root|home|tmp|work|Users|private|opt|mnt|var)/|site-packages|file:///")
 
 
@@ -48,10 +56,11 @@ def outputs(nb):
 def shipped():
     "The files that a clone holds."
     if (ROOT/".git").exists():
-        names = subprocess.run(["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard", "-z"], capture_output=True, text=True, check=True).stdout.split("\0")
+        listing = ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard", "-z"]
+        names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split("\0")
         return [ROOT/n for n in names if n and (ROOT/n).is_file()]
-    skip = {"runs", "_docs", "_proc", ".venv", "build", "dist"}
-    return [f for f in ROOT.rglob("*") if f.is_file() and not skip & set(f.relative_to(ROOT).parts) and "__pycache__" not in f.parts]
+    skip = {"runs", "_docs", "_proc", ".venv", "build", "dist", "__pycache__"}
+    return [f for f in ROOT.rglob("*") if f.is_file() and not skip & set(f.relative_to(ROOT).parts)]
 
 
 # ---- notebooks
@@ -59,7 +68,8 @@ def shipped():
 def test_the_chain_is_complete():
     named = ["caching", "training", "scaling", "annotation", "tables"]
     assert [n for n in chain() if n in named] == named
-    assert [f.stem for f in CHAPTERS if f.parent.name == "nbs"] == sorted(f.stem for f in CHAPTERS if f.parent.name == "nbs")
+    numbered = [f.stem for f in CHAPTERS if f.parent.name == "nbs"]
+    assert numbered == sorted(numbered)
 
 
 def test_what_runs_is_a_step_and_nothing_else_is():
@@ -80,21 +90,23 @@ def test_a_step_says_that_it_needs_what_it_asks_for():
     def all_needs(s): return {n for name in s.needs for n in {name, *all_needs(by_name[name])}}
     wrong = []
     for s in by_name.values():
-        known = all_needs(s)
+        known = {s.name, *all_needs(s)}
         for node in ast.walk(ast.parse("\n".join(steps.run_cells(s.nb)))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "need" and len(node.args) == 2 and isinstance(node.args[1], ast.Constant):
+            called = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "need" and len(node.args) == 2
+            if called and isinstance(node.args[1], ast.Constant):
                 if node.args[1].value not in known: wrong.append(f"{s.name} asks for what {node.args[1].value} makes")
     assert wrong == []
 
 
-@chapter
+@step
 def test_parameters_cell(nb):
     "nbdev-clean can take tags away without a word; papermill would then run with the defaults."
     import papermill
     assert settings.declared(nb)["run"] == "runs/tiny"
     assert list(papermill.inspect_notebook(str(nb))) == list(settings.declared(nb))
     [source] = ["".join(c["source"]) for c in cells(nb) if "parameters" in tags(c)]
-    assert not source.startswith("#|") and all(isinstance(s, (ast.Assign, ast.AnnAssign)) for s in ast.parse(source).body)
+    assert not source.startswith("#|")
+    assert all(isinstance(s, (ast.Assign, ast.AnnAssign)) for s in ast.parse(source).body)
 
 
 @chapter
@@ -106,17 +118,21 @@ def test_cells_say_what_they_are_for(nb):
     for c in after:
         source = "".join(c["source"])
         assert not exports(c), source[:200]
-        asserts = [isinstance(s, ast.Assert) or bool(re.match(r"test_(eq|ne|fail|close|is|sig)\(", ast.unparse(s))) for s in ast.parse(source).body]
+        check = re.compile(r"test_(eq|ne|fail|close|is|sig)\(")
+        body = ast.parse(source).body
+        asserts = [isinstance(s, ast.Assert) or bool(check.match(ast.unparse(s))) for s in body]
         assert not (asserts and all(asserts)) or "test" in tags(c), source[:200]
     for c in before + after:
         assert len(tags(c)) <= 1 and not (tags(c) & {"test", "demo"} and exports(c)), "".join(c["source"])[:200]
 
 
-@chapter
+@step
 def test_defaults_are_the_tiny_preset(nb):
     tiny = load_preset("tiny")
     for k, v in settings.declared(nb).items():
-        if k in tiny and k != "run": assert v == settings.as_kind(k, tiny[k], v), f"{nb.name}: {k} = {v!r}, and the preset tiny has {tiny[k]!r}"
+        if k in tiny and k != "run":
+            same = v == settings.as_kind(k, tiny[k], v)
+            assert same, f"{nb.name}: {k} = {v!r}, and the preset tiny has {tiny[k]!r}"
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -147,7 +163,9 @@ def test_cells_run_under_papermill(nb):
     "papermill knows no directives, and an export from inside would rewrite the package while it runs."
     for c in cells(nb):
         source = "".join(c["source"])
-        if c["cell_type"] == "code": assert "eval: false" not in source and "nbdev_export" not in source and not MACHINE.search(source), source[:80]
+        if c["cell_type"] == "code":
+            assert "eval: false" not in source and "nbdev_export" not in source, source[:80]
+            assert not MACHINE.search(source), source[:80]
 
 
 # ---- package, pages
@@ -156,15 +174,19 @@ def test_cells_run_under_papermill(nb):
 def copy(tmp_path_factory):
     "Notebooks and package in a folder of their own, exported and cleaned again."
     d = tmp_path_factory.mktemp("copy")
-    for f in ("nbs", "llmdiff"): shutil.copytree(ROOT/f, d/f, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for f in ("nbs", "llmdiff"): shutil.copytree(ROOT/f, d/f, ignore=ignore)
     shutil.copy(ROOT/"pyproject.toml", d)
     for cmd in ("export", "clean"):
-        r = subprocess.run([sys.executable, "-c", f"from nbdev.{'doclinks' if cmd == 'export' else 'clean'} import nbdev_{cmd}; nbdev_{cmd}()"], cwd=d, capture_output=True, text=True)
+        code = f"from nbdev.{'doclinks' if cmd == 'export' else 'clean'} import nbdev_{cmd}; nbdev_{cmd}()"
+        r = subprocess.run([sys.executable, "-c", code], cwd=d, capture_output=True, text=True)
         assert r.returncode == 0, r.stderr
     return d
 
 
-def modules(lib): return {f.relative_to(lib).as_posix(): f.read_text(encoding="utf-8") for f in sorted(lib.rglob("*.py"))}
+def modules(lib):
+    files = sorted(lib.rglob("*.py"))
+    return {f.relative_to(lib).as_posix(): f.read_text(encoding="utf-8") for f in files}
 
 
 def test_package_is_what_the_notebooks_export(copy):
@@ -174,7 +196,7 @@ def test_package_is_what_the_notebooks_export(copy):
 
 
 def test_a_module_lies_where_its_notebook_lies():
-    "nbs/05_caching.ipynb is llmdiff.caching, nbs/engine/store.ipynb is llmdiff.engine.store; there are no other modules."
+    "nbs/05_caching.ipynb is llmdiff.caching, nbs/engine/store.ipynb llmdiff.engine.store; there are no others."
     files = {"llmdiff/" + f for f in modules(ROOT/"llmdiff") if f.rpartition("/")[2][0] != "_"}
     at = {f: "/".join(["llmdiff", *f.relative_to(ROOT/"nbs").parts[:-1], settings.step_name(f)]) for f in CHAPTERS}
     assert {f"{p}.py" for p in at.values()} == files
@@ -196,16 +218,19 @@ def test_site_is_built_without_a_word(tmp_path):
     pages = {f.stem: f.read_text() for f in (tmp_path/"docs").glob("*.html")}
     assert set(pages) == set(site.page_names(NBS).values())
     for name, text in pages.items():
-        assert not re.search(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["'](?:https?:)?//""", text), f"{name} loads something from elsewhere"
+        elsewhere = re.search(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["'](?:https?:)?//""", text)
+        assert not elsewhere, f"{name} loads something from elsewhere"
         assert "#|" not in re.sub(r"<pre.*?</pre>", "", text, flags=re.S), name
-        for used in re.findall(r"""(?:src|href)=["'](?!data:|#|https?:|mailto:)([^"'#?]+)""", text): assert (tmp_path/"docs"/used).exists(), f"{name}: {used}"
+        for used in re.findall(r"""(?:src|href)=["'](?!data:|#|https?:|mailto:)([^"'#?]+)""", text):
+            assert (tmp_path/"docs"/used).exists(), f"{name}: {used}"
     assert "Closer looks" in pages["index"] and "Engine room" in pages["index"]
     assert "katex/katex.min.css" in pages["scaling"] and 'id="load_preset"' in pages["core"]
 
 
 def test_ruff():
     pytest.importorskip("ruff")
-    r = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "-q", "."], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "-q", "."]
+    r = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout
 
 
@@ -247,7 +272,10 @@ def test_tiny_twice_gives_the_same_bytes(tiny, tmp_path):
     r = llmdiff("run", "--preset", "tiny", "--runs", str(tmp_path))
     assert r.returncode == 0, r.stderr[-2000:]
     again = tmp_path/"tiny"
-    names = lambda d: sorted(str(f.relative_to(d)) for k in ("tables", "figures", "latents") for f in (d/k).rglob("*") if f.is_file())
+    def names(d):
+        files = [f for k in ("tables", "figures", "latents") for f in (d/k).rglob("*")]
+        return sorted(str(f.relative_to(d)) for f in files if f.is_file())
+
     assert names(tiny) == names(again)
     assert [n for n in names(tiny) if (tiny/n).read_bytes() != (again/n).read_bytes()] == []
 
@@ -259,13 +287,15 @@ def test_tiny_is_up_to_date(tiny):
 
 def test_a_step_alone_names_what_it_needs(tmp_path):
     r = llmdiff("run", "--preset", "tiny", "--only", "tables", "--runs", str(tmp_path))
-    assert r.returncode == 1 and "run step" in r.stderr and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr, r.stderr
+    assert r.returncode == 1 and "run step" in r.stderr, r.stderr
+    assert r.stderr.count("\n") == 1 and "Traceback" not in r.stderr, r.stderr
 
 
 def test_one_pair_is_enough(tiny, tmp_path):
-    "Two models of one's own make one pair: the comparisons of the embedded family are left out, and the tables are of that pair."
+    "Two models of one's own make one pair: no comparison of the embedded family, and the tables are of that pair."
     shutil.copytree(tiny, tmp_path/"tiny")
-    r = llmdiff("run", "--preset", "tiny", "--only", "tables", "--runs", str(tmp_path), "-p", 'pairs=[["it", "SimPO"]]')
+    one = 'pairs=[["it", "SimPO"]]'
+    r = llmdiff("run", "--preset", "tiny", "--only", "tables", "--runs", str(tmp_path), "-p", one)
     assert r.returncode == 0, r.stderr
     tables = tmp_path/"tiny"/"tables"
     assert (tables/"direct_class_it_SimPO.csv").exists() and not (tables/"planted.csv").exists()

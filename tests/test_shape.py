@@ -21,8 +21,8 @@ FLOORS = Floors(
     story=["core", "models", "corpus", "answers", "lens", "caching", "crosscoder", "training", "codes", "scaling",
            "verdicts", "usage", "causal", "examples", "annotation", "scoring", "tables", "report"],
     # under the story; a module imports `core` and those before it
-    engine=["engine.packages", "engine.texts", "engine.chats", "engine.checkpoints", "engine.store", "engine.progress",
-            "engine.ledger", "engine.llm", "engine.show", "engine.cards"],
+    engine=["engine.packages", "engine.texts", "engine.chats", "engine.checkpoints", "engine.store",
+            "engine.progress", "engine.ledger", "engine.llm", "engine.show", "engine.cards"],
     # the store refuses activations of other models, so it asks `models` who they are
     engine_may={"engine.store": ["models"]},
     # over the story; the story and the engine import nothing of these

@@ -20,7 +20,7 @@ from ..training import PairOptions
 from .methods import fit_method, measured, METHODS
 from ..worlds.synthetic import match_concepts, occurrences, World, WORLD_PARTS, WorldStore
 
-# %% ../../nbs/closer/truth.ipynb #c007
+# %% ../../nbs/closer/truth.ipynb #c008
 HELD = ["shared", "shrunk", "decoupled"]   # kinds of concepts that both models hold
 EXCLUSIVE = {"unique-A": ["A-only"], "unique-B": ["B-only"], "unique": ["A-only", "B-only"]}
 RIGHT = {**EXCLUSIVE, "shared": HELD, "shrunk": HELD, "decoupled": HELD, "rotated": ["rotated"]}
@@ -61,7 +61,7 @@ def scores(t, truth,             # latents of one fit, joined; truth with `occur
         rows += [dict(rule=rule) | score(c, verdict, often) for verdict in RIGHT]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/closer/truth.ipynb #c010
+# %% ../../nbs/closer/truth.ipynb #c011
 def covered(t,   # a judged table with intervals
             pop, # the same dictionary's table from the population
             n, N # tokens of the two
@@ -95,7 +95,7 @@ def over_seeds(v)->tuple: # one value a seed, some NaN -> mean, lo, hi
     half = stats.t.ppf(.975, len(v) - 1)*v.std(ddof=1)/len(v)**.5
     return float(v.mean()), max(0., v.mean() - half), min(1., v.mean() + half)
 
-# %% ../../nbs/closer/truth.ipynb #c014
+# %% ../../nbs/closer/truth.ipynb #c015
 SIZES = {
     "tiny": dict(world=dict(d_model=32, n_concepts=60), n_tokens=40_000, n_population=120_000,
                  fit=dict(n_latents=128, k=4, batch=512, train_tokens=150_000, lr=3e-3)),
@@ -121,7 +121,7 @@ def measure_method(method, stores, truth, # dict part -> WorldStore; truth with 
     t = t.merge(truth[["concept", "kind", "occurrences"]], on="concept", how="left")
     return t.assign(kind=t.kind.fillna("none")), pd.concat(cover), results
 
-# %% ../../nbs/closer/truth.ipynb #c015
+# %% ../../nbs/closer/truth.ipynb #c016
 def measure_world(seed, size="small", methods=METHODS, say=print, **fit_args): # -> DataFrames
     "One world of a size, every method trained on it: latents, scores, coverage, fits; and truth."
     z = SIZES[size]
@@ -153,7 +153,7 @@ def measure_worlds(size="small", seeds=3, methods=METHODS, seed=0, say=print, **
         for k, v in tables.items(): out.setdefault(k, []).append(v)
     return {k: pd.concat(v, ignore_index=True) for k, v in out.items()}
 
-# %% ../../nbs/closer/truth.ipynb #c017
+# %% ../../nbs/closer/truth.ipynb #c018
 def named(name, values): # "x", (value, lo, hi) -> {"x", "x_lo", "x_hi"}
     "A value with its interval, as columns."
     return dict(zip((name, f"{name}_lo", f"{name}_hi"), values))
@@ -184,7 +184,7 @@ def truth_table(r)->pd.DataFrame: # from `measure_worlds` -> one row for each me
     rows = sorted(rows, key=lambda row: METHODS.index(row["method"]))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/closer/truth.ipynb #c018
+# %% ../../nbs/closer/truth.ipynb #c019
 GOALS = {"precision": ("unique", .95, 1.), "recall": ("unique", .9, 1.),
          "coverage": ("all", .93, .97)}  # measure -> verdict, lowest, highest
 
@@ -224,7 +224,7 @@ def truth_view(t)->pd.DataFrame: # of `truth_table`
         precision=spans["precision"], here=t.here.map(number), recall=spans["recall"],
         coverage=spans["coverage"], trained=t.coverage_trained.map(number), seeds=t.seeds))
 
-# %% ../../nbs/closer/truth.ipynb #c020
+# %% ../../nbs/closer/truth.ipynb #c021
 def artefacts_of(u): # claims of uniqueness by the norm alone, of one method -> dict
     "How many are of a concept that both models hold, and how many of those Latent Scaling catches."
     B = u.claim == "unique-B"
@@ -261,7 +261,7 @@ def truth_notes(r): # from `measure_worlds` -> list of sentences
     beside = [artefact_note(artefacts(r["latents"]))] if has_l1 else []
     return [*goal_notes(t), choice_note(t), *beside]
 
-# %% ../../nbs/closer/truth.ipynb #c022
+# %% ../../nbs/closer/truth.ipynb #c023
 RULE_LOOKS = {"norm": ("0.6", "norm alone"), "point": ("C1", "point estimates"),
               "verdict": ("C3", "verdict")}   # colour, label
 
@@ -304,7 +304,7 @@ def scores_figure(r): # of `measure_worlds`
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/closer/truth.ipynb #c023
+# %% ../../nbs/closer/truth.ipynb #c024
 EDGES = (10, 50, 200, 1000, 5000, 10**9)   # tokens, of the bins of two figures
 
 def keys_of(t): # -> list of (seed, concept)
@@ -342,7 +342,7 @@ def recall_figure(r): # of `measure_worlds`
     ax.set_title(title_of(r), fontsize="small")
     return fig
 
-# %% ../../nbs/closer/truth.ipynb #c024
+# %% ../../nbs/closer/truth.ipynb #c025
 def coverage_by_count(r, edges=EDGES)->pd.DataFrame: # of `measure_worlds`
     "Coverage by how many tokens a latent is active on (`active`, the lower edge)."
     c = r["coverage"]
@@ -374,7 +374,7 @@ def coverage_figure(r, method="batchtopk-sum"): # of `measure_worlds`
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/closer/truth.ipynb #c025
+# %% ../../nbs/closer/truth.ipynb #c026
 def wrong_claims(r)->pd.DataFrame: # of `measure_worlds` -> method, rule, kind, wrong claims a seed
     "The kinds of concepts that wrong claims of uniqueness are about."
     t = r["latents"]
@@ -402,7 +402,7 @@ def wrong_figure(r): # of `measure_worlds`
 FIGURES = {"scores": scores_figure, "recall": recall_figure, "coverage": coverage_figure,
            "wrong": wrong_figure}
 
-# %% ../../nbs/closer/truth.ipynb #c027
+# %% ../../nbs/closer/truth.ipynb #c028
 def save_truth(r, run): # from `measure_worlds`; folder
     "Write the two tables and the figures; return the main table."
     t = truth_table(r)

@@ -47,7 +47,7 @@ def tagged(nb, tag)->str: # notebook path, a tag
     return found[0] if found else ""
 
 def module_of(nb): # notebook path -> "llmdiff.engine.store"; None if it exports nothing
-    "The module that a notebook exports, from its line `#| default_exp`."
+    "The module that a notebook exports, from its cell `default_exp`."
     for source, _ in code_cells(nb):
         if m := re.search(r"(?m)^#\|\s*default_exp\s+(\S+)", source):
             return f"llmdiff.{m[1]}"
